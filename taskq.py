@@ -758,12 +758,12 @@ class Settings(dict):
         if name in SETTINGS:
             self._check_value(name, value)
         elif name in _ONLY:
-            if value or _ONLY[name]:
-                if value != _ONLY[name] or type(value) is not type(_ONLY[name]):
-                    raise ImproperlyConfigured(
-                        f"setting {name!r} = {_repr(value, 60)}: of Celery's values for it taskq "
-                        f"has only {_ONLY[name]!r}; leave it out"
-                    )
+            only = _ONLY[name]
+            if (value or only) and (value != only or type(value) is not type(only)):
+                raise ImproperlyConfigured(
+                    f"setting {name!r} = {_repr(value, 60)}: of Celery's values for it taskq has "
+                    f"only {only!r}; leave it out"
+                )
         elif name in _NO_EFFECT:
             pass
         elif _FOREIGN.match(name):
@@ -1089,9 +1089,8 @@ class Signal:
         responses = []
         for entry in self.receivers:
             _, wanted, reference = entry
-            if wanted is not None and wanted is not sender and wanted != sender:
-                if getattr(sender, "name", None) != wanted:
-                    continue
+            if wanted is not None and wanted not in (sender, getattr(sender, "name", None)):
+                continue
             receiver = reference()
             if receiver is None:
                 self.receivers = [other for other in self.receivers if other is not entry]
@@ -1334,7 +1333,7 @@ def _topic_bits(topic: str) -> tuple[int, int]:
 
 
 def _readable(fd: int, timeout: float) -> bool:
-    """Wait until `fd` can be read; `poll` knows descriptors above 1,024, eventlet has only select."""
+    """Wait until `fd` can be read; `poll` knows those above 1,024, eventlet has only select."""
     if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(fd, select.POLLIN)
@@ -1343,7 +1342,7 @@ def _readable(fd: int, timeout: float) -> bool:
 
 
 def _mapped(path: str, size: int) -> tuple[int, Any]:
-    """Map a file, made anew and for its owner alone if a size is given; return (descriptor, map)."""
+    """Map a file, made anew, for its owner alone, if a size is given; return (descriptor, map)."""
     if size:
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
     fd = os.open(path, os.O_RDWR | (os.O_CREAT | os.O_EXCL if size else 0), 0o600)
@@ -1696,7 +1695,7 @@ class Store:
         """Yield {id: (state, meta text)} of ids that have their end, as they come, until all have.
 
         Raises TimeoutError when `timeout` seconds have passed; calls `on_interval` every `interval`
-        seconds. It looks for the first 200 that are missing: for all, n results would take n² looks.
+        seconds. It looks for the first 200 that are missing: for all, n results take n² looks.
         """
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         missing = dict.fromkeys(ids)
@@ -1934,7 +1933,7 @@ class SQLiteStore(Store):
         with self._session() as connection:
             return connection.execute(sql, arguments).fetchall()
 
-    def _write(self, rows: dict[str, list[Any]]) -> int:
+    def _write(self, rows: dict[str, Any]) -> int:
         """Run {statement: rows} in one transaction; return how many rows it has changed."""
         with self._session() as connection:
             connection.execute("BEGIN IMMEDIATE")
@@ -2005,7 +2004,7 @@ class SQLiteStore(Store):
         return changes
 
     def _ready(self, connection: sqlite3.Connection, queues: Sequence[str], limit: int) -> Any:
-        """Return (queue, row) pairs: from each queue in turn while it has some, then by priority."""
+        """Return (queue, row) pairs: from each queue in turn while it has any, by priority."""
         self._turn += 1
         start = self._turn % len(queues)
         cursors = (
@@ -2435,20 +2434,6 @@ class EagerResult(AsyncResult):
             "name": name,
             "children": None,
         }
-
-    def get(
-        self,
-        timeout: float | None = None,
-        propagate: bool = True,
-        disable_sync_subtasks: bool = True,
-        **_: Any,
-    ) -> Any:
-        """Return the result, or raise the task's error."""
-        if disable_sync_subtasks:
-            assert_will_not_block()
-        return self.maybe_throw(propagate)
-
-    wait = get
 
     def ready(self) -> bool:
         """Return True."""
@@ -4178,6 +4163,8 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Callable[[Any, Context
         begin(task, request)
         run = run_task(task, request)
         return _outcome(task, request, run, raw, time.monotonic() - began)
+    except SoftTimeLimitExceeded:
+        raise  # too late for the task; whoever set the limit takes it
     except Exception as exc:
         return rejected(raw, exc)
 
@@ -4271,7 +4258,7 @@ def lost(app: TaskQ, claim: Claim, exc: BaseException, again: bool) -> Outcome:
     try:
         if again:
             return Outcome("requeue", [], [], redelivered(claim.raw), 0.0)
-        args, kwargs, embed = [], {}, {}
+        args, kwargs, embed = (), {}, {}  # type: Any, Any, Any
         if (
             claim.message.content_type == CONTENT_TYPES["json"]
         ):  # a pickle may kill this process too
@@ -4321,6 +4308,7 @@ class Pool:
 
     def start(self) -> None:
         """Start processes or threads."""
+        self._deal()
 
     def submit(self, claims: Sequence[Claim]) -> None:
         """Take claims to run."""
@@ -4451,10 +4439,9 @@ def _run_claim(worker: Any, slot: Slot, ticket: int, raw: bytes) -> None:
 class _SoftLimit(threading.Timer):
     """Raises SoftTimeLimitExceeded in the thread that makes it, until it is cancelled."""
 
-    daemon = True
-
     def __init__(self, seconds: float) -> None:
         super().__init__(min(seconds, threading.TIMEOUT_MAX), self.fire)
+        self.daemon = True
         self.limited = threading.current_thread()
         self.lock = threading.Lock()
         self.start()
@@ -4568,22 +4555,19 @@ class Spool:
         held: by ticket, the claims whose payloads may still be read.
         """
         self._regions = [r for r in self._regions if any(t in held for t in reversed(r[2]))]
-        size = sum(len(claim.raw) for claim in claims)
+        tickets = [claim.ticket for claim in claims]
+        sizes = [len(claim.raw) for claim in claims]
         start = 0
-        for region in self._regions:
-            if region[0] - start >= size:
+        for begin, end, _ in self._regions:
+            if begin - start >= sum(sizes):
                 break
-            start = region[1]
-        self._regions.append((start, start + size, [claim.ticket for claim in claims]))
-        self._regions.sort()
+            start = end
+        *offsets, end = itertools.accumulate(sizes, initial=start)
+        self._regions = sorted([*self._regions, (start, end, tickets)])
         self.file.seek(start)
         self.file.write(b"".join(claim.raw for claim in claims))
         self.file.flush()
-        tokens = []
-        for claim in claims:
-            tokens.append(_TOKEN.pack(claim.ticket, start, len(claim.raw)))
-            start += len(claim.raw)
-        return tokens
+        return list(map(_TOKEN.pack, tickets, offsets, sizes))
 
 
 class Child:
@@ -4644,10 +4628,10 @@ class Child:
         with contextlib.suppress(ProcessLookupError):  # somebody else has waited for it
             os.kill(self.pid, signum)
 
-    def close(self) -> None:
-        """Close the token pipe."""
-        os.close(self.reader)
-        os.close(self.writer)
+    def close(self, keep: int = -1) -> None:
+        """Close the token pipe, but for the end that a child itself reads."""
+        for fd in {self.reader, self.writer} - {keep}:
+            os.close(fd)
 
 
 class PreforkPool(Pool):
@@ -4671,11 +4655,7 @@ class PreforkPool(Pool):
 
     # -- processes -------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Start the children."""
-        self._refill(time.monotonic())
-
-    def _refill(self, now: float) -> None:
+    def _refill(self) -> None:
         """Retire children that do not know the newest tasks, and start others up to the pool's
         size, as far as there are slots: a dead one's is taken until its outcomes are settled."""
         if self.worker.renews_children:
@@ -4684,6 +4664,7 @@ class PreforkPool(Pool):
                     self._unload(child)
                     child.retire()
         missing = self.size - sum(not child.retired for child in self.children)
+        now = time.monotonic()
         if missing <= 0 or self.stopping or self._futile > 2 and now - self._started < 1.0:
             return
         self._started = now
@@ -4711,11 +4692,7 @@ class PreforkPool(Pool):
                 warnings.simplefilter("ignore", DeprecationWarning)
                 child.pid = os.fork()
             if not child.pid:
-                for other in self.children:
-                    other.close()
-                os.close(child.writer)
-                _thread.stack.clear()
-                _be_child(worker, *order)
+                _be_child(worker, *order, inherited=(child, *self.children))
         self.children.append(child)
 
     def _bury(self, child: Child) -> list[tuple[Claim, Any]]:
@@ -4779,8 +4756,8 @@ class PreforkPool(Pool):
     def _deal(self) -> None:
         """Hand waiting claims to children: first to idle ones, then evenly; what a stuck one has
         not begun goes to others."""
+        self._refill()
         now, depth = time.monotonic(), self.depth
-        self._refill(now)
         for child in self.children:
             if child.is_stuck(now) and len(child.given) > 1:
                 self._unload(child)
@@ -4811,9 +4788,9 @@ class PreforkPool(Pool):
         """Keep time limits; return the seconds until a child may be stuck or a limit is due."""
         wanted = _LOOK_SECONDS
         for child in self.children:
+            wanted = min(wanted, self._keep_limits(child))
             if len(child.given) > 1:
                 wanted = min(wanted, _STUCK_SECONDS)
-            wanted = min(wanted, self._keep_limits(child))
         return wanted
 
     def _keep_limits(self, child: Child) -> float:
@@ -4876,16 +4853,18 @@ def _describe_exit(status: int) -> str:
 
 
 def _flush_output() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # it is closed, or None
-            stream.flush()
+    for name in ("stdout", "stderr"):
+        with contextlib.suppress(Exception):  # it is closed, or None, or deleted
+            getattr(sys, name).flush()
 
 
 #: What the log calls this process.
 _process_name = "MainProcess"
 
 
-def _be_child(worker: Any, name: str, index: int, reader: int, spool: int) -> NoReturn:
+def _be_child(
+    worker: Any, name: str, index: int, reader: int, spool: int, inherited: Sequence[Child] = ()
+) -> NoReturn:
     """Be a child of the pool: execute tasks until told to stop, and end this process."""
     global _process_name
     _process_name = name
@@ -4897,16 +4876,13 @@ def _be_child(worker: Any, name: str, index: int, reader: int, spool: int) -> No
 
     try:
         _die_with_parent(worker.pid)
+        _thread.stack.clear()
+        for other in inherited:
+            other.close(reader)
         worker.journal.lock(index)
         signal.set_wakeup_fd(-1)
-        for number in (
-            signal.SIGTERM,
-            signal.SIGQUIT,
-            signal.SIGHUP,
-            signal.SIGCHLD,
-            signal.SIGALRM,
-        ):
-            signal.signal(number, signal.SIG_DFL)
+        for kind in ("TERM", "QUIT", "HUP", "CHLD", "ALRM"):
+            signal.signal(getattr(signal, "SIG" + kind), signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, soft_limit)
         worker_process_init.send(sender=None)
@@ -4947,6 +4923,7 @@ def _next_token(slot: Slot, reader: int, bell: Bell) -> Any:
         except BlockingIOError:
             if slot.fresh:
                 bell.ring()
+            _flush_output()
             _readable(reader, 60.0)
 
 
@@ -4980,13 +4957,13 @@ def _spawn(worker: Worker, order: Sequence[Any]) -> int:
     """Start a child in a fresh interpreter; it finds the app by name. Returns its pid."""
     import subprocess
 
-    main = sys.modules["__main__"]
-    spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    main = vars(sys.modules["__main__"])
+    source = {"init_main_from_path": main["__file__"]} if "__file__" in main else {}
+    if main.get("__spec__") is not None:
+        source = {"init_main_from_name": main["__spec__"].name}
     letter = {
         "path": sys.path,
-        "main": {"init_main_from_name": spec.name}
-        if spec is not None
-        else ({"init_main_from_path": os.path.abspath(path)} if path else {}),
+        "main": source,
         "app": _app_address(worker.app),
         "journal": worker.journal.path,
         "bell": worker.bell.path,
@@ -5006,18 +4983,13 @@ def _spawn(worker: Worker, order: Sequence[Any]) -> int:
 
 
 def _app_address(app: TaskQ) -> tuple[str, str]:
-    """Return (module, attribute) where a spawned child finds the app; not `__main__` if it can be."""
-    found = [
-        (name, attribute)
-        for name, module in list(sys.modules.items())
-        if name not in (__name__, "__mp_main__")
-        for attribute, value in list(getattr(module, "__dict__", {}).items())
-        if value is app
-    ]
-    if found:
-        return min(found, key=lambda place: place[0] == "__main__")
+    """Return (module, attribute) where a spawned child finds the app; rather not `__main__`."""
+    for name, module in sorted(sys.modules.items(), key=lambda item: item[0] == "__main__"):
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            if value is app and name not in (__name__, "__mp_main__"):
+                return name, attribute
     raise ImproperlyConfigured(
-        "the start method 'spawn' needs an app that is an attribute of a module; use fork or threads"
+        "the start method 'spawn' needs an app that is a module's attribute; use fork or threads"
     )
 
 
@@ -5072,7 +5044,7 @@ class _LogFormatter(logging.Formatter):
 
 
 class _LogStream(io.TextIOBase):
-    """Stands for stdout or stderr in a worker: each line that a task prints is a line of the log."""
+    """Stands for stdout or stderr in a worker: each line that a task prints is one of the log."""
 
     encoding = "utf-8"
     name = "<taskq log>"
@@ -5838,7 +5810,8 @@ def _check_pidfile(path: str) -> None:
         return
     except (ValueError, ProcessLookupError):
         print(f"Stale pidfile {path} exists - Removing it.", file=sys.stderr)
-        return _unlink(path)
+        _unlink(path)
+        return
     except PermissionError:  # it lives, and is somebody else's
         pass
     text = f"Pidfile ({path}) already exists. Seems we're already running? (pid: {pid})"
@@ -5954,7 +5927,7 @@ def _demo_command(_: Any, options: Any) -> int:
         with app.worker() as background:
             worker: Any = background.worker
             print(f"A {worker.pool_name} worker with {worker.concurrency} processes, on an SQLite "
-                  f"file,\ncounts the lines and words of {len(paths)} files in {library}")  # fmt: skip
+                  f"file,\ncounts lines and words of {len(paths)} files in {library}")  # fmt: skip
             began = time.monotonic()
             results = [task.delay(path) for path in paths]
             sent = time.monotonic() - began
@@ -6053,8 +6026,8 @@ _LATER_COMMANDS = (
     "amqp beat control events graph inspect list logtool migrate multi shell status upgrade".split()
 )
 _LATER_ARGUMENTS = (
-    "-E --task-events --events -B --beat -S --statedb -s --schedule-filename --schedule --scheduler "
-    "--autoscale --uid --gid --umask --executable".split()
+    "-E --task-events --events -B --beat -S --statedb -s --schedule-filename --schedule "
+    "--scheduler --autoscale --uid --gid --umask --executable".split()
 )
 
 
@@ -6154,8 +6127,10 @@ def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
 
 
 def _publish_submodules() -> None:
-    """Make `taskq.exceptions`, `taskq.utils.log` and their like importable, as Celery's are, so that
-    changing between the two is a search and replace of the package's name."""
+    """Make `taskq.exceptions`, `taskq.utils.log` and their like importable, as Celery's are.
+
+    Changing between the two is then a search and replace of the package's name.
+    """
     names = globals()
     errors = {
         name: value

@@ -7,6 +7,14 @@ bench` measures taskq and its peers.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as daytime
+from decimal import Decimal
+from pathlib import Path
+from taskq import TaskQ
+from typing import NamedTuple
 import contextlib
 import copy
 import functools
@@ -18,6 +26,7 @@ import json
 import os
 import pickle
 import platform
+import pytest
 import random
 import re
 import shlex
@@ -28,24 +37,13 @@ import sqlite3
 import statistics
 import subprocess
 import sys
+import taskq
 import tempfile
 import textwrap
 import threading
 import time
 import types
 import uuid
-from collections import Counter
-from collections.abc import Iterator
-from datetime import date, datetime, timedelta, timezone
-from datetime import time as daytime
-from decimal import Decimal
-from pathlib import Path
-from typing import NamedTuple
-
-import pytest
-
-import taskq
-from taskq import TaskQ
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "taskq.py"
@@ -63,12 +61,12 @@ def wait_for(condition, limit=15.0, what="the condition"):
         time.sleep(0.005)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=None)
 def peers_python():
     """Return an interpreter with the packages that tests marked `peers` need.
 
-    They are in a second environment, `.venv-peers`, so that nothing of theirs is beside taskq; it is
-    made when first asked for. TASKQ_PEERS_PYTHON names another.
+    They are in a second environment, `.venv-peers`, so that nothing of theirs is beside taskq, and
+    is made when first asked for. TASKQ_PEERS_PYTHON names another.
     """
     given = os.environ.get("TASKQ_PEERS_PYTHON")
     if given:
@@ -1436,9 +1434,7 @@ def test_a_foreign_backend_fails_at_the_first_access_to_a_result(tmp_path):
 
 @pytest.mark.parametrize("what", ["broker", "backend"])
 def test_a_worker_on_a_foreign_address_ends_with_one_line_and_no_traceback(project, what):
-    project.write(
-        "bad.py", f"from taskq import TaskQ\napp = TaskQ('bad', {what}='amqp://host//')\n"
-    )
+    project.write("bad.py", f"from taskq import TaskQ\napp = TaskQ('bad', {what}='amqp://host//')\n")
     run = project.run("taskq.py", "-A", "bad", "worker")
     assert run.returncode != 0
     assert "Traceback" not in run.stderr + run.stdout
@@ -2762,7 +2758,9 @@ def signalled(tmp_path_factory):
         found.send("add", 1, 2, task_id="expired", expires=-1).get(timeout=20)
     with pytest.raises(taskq.NotRegistered):
         found.send("unknown", task_id="unknown").get(timeout=20)
-    found.sql("INSERT INTO messages (queue, priority, message) VALUES ('celery', 0, 'garbage')")
+    found.sql(
+        "INSERT INTO messages (queue, priority, message) VALUES ('celery', 0, 'garbage')"
+    )
     found.send("add", 3, 4, task_id="last").get(timeout=20)
     node.wait_log("rejected")
     pid = node.process.pid
@@ -5534,8 +5532,11 @@ def test_the_block_that_detaches_a_worker_runs(project):
     assert project.run(*shlex.split(command)[1:]).returncode == 0
     pidfile = project.path / "worker.pid"
     log = project.path / "worker.log"
-    wait_for(lambda: pidfile.exists() and log.exists() and "ready." in log.read_text())
-    os.kill(int(pidfile.read_text()), signal.SIGTERM)
+    pid = int(wait_for(lambda: pidfile.exists() and pidfile.read_text(), what="the pid file"))
+    try:
+        wait_for(lambda: log.exists() and "ready." in log.read_text(), what="the worker")
+    finally:
+        os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not pidfile.exists(), what="the end of the worker")
 
 
