@@ -589,7 +589,6 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "accept_content": (["json"], "serializers or content types that a worker accepts"),
     "broker_transport_options": ({}, "options of the store, as in the URL's query"),
     "broker_url": (None, "where messages are kept: sqlite:// or memory://"),
-    "enable_utc": (True, "message times are UTC"),
     "imports": ((), "modules that a worker imports when it starts"),
     "include": ((), "more modules that a worker imports when it starts"),
     "result_accept_content": (None, "the same for results; accept_content by default"),
@@ -777,25 +776,37 @@ class Settings(dict):
                 raise ImproperlyConfigured(f"unknown setting {name!r}: did you mean {near!r}?")
 
     def _check_value(self, name: str, value: Any) -> None:
-        if name.endswith("_serializer") and value not in CONTENT_TYPES:
-            expected = f"one of {_names(CONTENT_TYPES)}"
-        elif name == "enable_utc" and value is not True:
-            expected = "True: message times are always UTC"
-        elif name.endswith("accept_content") and value is not None:
-            known = {*CONTENT_TYPES, *CONTENT_TYPES.values()}
-            if not isinstance(value, str) and known.issuperset(value):
-                return
-            expected = f"a list of {_names(CONTENT_TYPES)}"
-        elif name.endswith("_time_limit") and value is not None and not _is_number(value):
-            expected = "seconds"
-        elif name == "task_default_exchange_type" and value not in ("direct", "topic", "fanout"):
-            expected = "'direct', 'topic' or 'fanout'"
-        elif name == "timezone" and value is not None:
+        """Raise ImproperlyConfigured for a value that the setting cannot have."""
+        default = SETTINGS[name][0]
+        if value is None or value == default:
+            return
+        if name == "timezone":
             _zone(value)
             return
-        else:
-            return
-        raise ImproperlyConfigured(f"setting {name!r} = {_repr(value, 60)}: expected {expected}")
+        good, expected = True, ""
+        if name.endswith("_serializer"):
+            good, expected = value in CONTENT_TYPES, f"one of {_names(CONTENT_TYPES)}"
+        elif name.endswith("accept_content"):
+            known = {*CONTENT_TYPES, *CONTENT_TYPES.values()}
+            good = not isinstance(value, str) and known.issuperset(value)
+            expected = f"a list of {_names(CONTENT_TYPES)}"
+        elif name == "task_default_exchange_type":
+            good = value in ("direct", "topic", "fanout")
+            expected = "'direct', 'topic' or 'fanout'"
+        elif name == "task_queues":
+            good, expected = not isinstance(value, str), "a list of names or Queue objects"
+        elif isinstance(default, bool):
+            good, expected = isinstance(value, (bool, int)), "True or False"
+        elif name.endswith("_expires"):
+            good = _is_number(value) or isinstance(value, timedelta)
+            expected = "seconds or a timedelta"
+        elif name.endswith("_time_limit"):
+            good, expected = _is_number(value), "seconds"
+        elif name.endswith(("_per_child", "_multiplier")):
+            good, expected = _is_number(value) and value >= 0, "a number"
+        if not good:
+            shown = _repr(value, 60)
+            raise ImproperlyConfigured(f"setting {name!r} = {shown}: expected {expected}")
 
     def load(self, source: Any, namespace: str | None = None) -> None:
         """Take settings from a mapping, module or object.
@@ -1165,9 +1176,11 @@ class Bell:
     within the process; `mine` is False for another process's bell, seen from here.
     """
 
-    #: The flag's 8 bytes (the kind of topic while the owner sleeps, else 0), then a Bloom filter of
-    #: topics: 2 of its 32,768 bits for each.
+    #: The flag's 8 bytes (0 while the owner is awake, NAP, or the kind of topic it sleeps for), then
+    #: a Bloom filter of topics: 2 of its 32,768 bits for each.
     SIZE = 8 + 4096
+    #: The owner wants to be woken only by those who know why: its own children, without work.
+    NAP = 1
 
     def __init__(self, path: str | None = None, mine: bool = True, polls: bool = False) -> None:
         self.path = path
@@ -1190,14 +1203,19 @@ class Bell:
 
     @property
     def asleep(self) -> bool:
-        """Whether the owner wants to be woken."""
-        return bool(self._flag[0])
+        """Whether the owner wants to be woken; a nap does not count."""
+        return self._flag[0] > self.NAP
 
     @asleep.setter
     def asleep(self, value: bool) -> None:
         self._flag[0] = self._kind if value else 0
 
-    _kind = 1
+    _kind = 2
+
+    @property
+    def awake(self) -> bool:
+        """Whether the owner neither sleeps nor naps."""
+        return not self._flag[0]
 
     def listen(self, topics: Iterable[str]) -> None:
         """Hear of these topics, all of one kind (their first letter), and of no others."""
@@ -1230,16 +1248,23 @@ class Bell:
             return False
         return True
 
-    def wait(self, timeout: float) -> None:
-        """Sleep until somebody rings, or for `timeout` seconds."""
+    def nap(self, timeout: float) -> bool:
+        """Sleep as `wait` does, while others think that the owner is busy."""
+        self._flag[0] = self.NAP
+        return self.wait(timeout)
+
+    def wait(self, timeout: float) -> bool:
+        """Sleep until somebody rings, or for `timeout` seconds; return whether somebody did."""
+        rung = False
         timeout = max(0.0, min(timeout, 0.02) if self.polls else timeout)
         if not self._fds:
             time.sleep(timeout)
         elif _readable(self._fds[0], timeout):
-            os.read(self._fds[0], 4096)
+            rung = bool(os.read(self._fds[0], 4096))
         elif timeout > 0.1 and self.path is not None and not os.path.exists(self.path + ".bell"):
             self.polls = True  # somebody has deleted it: only our own children can still ring
         self._flag[0] = 0
+        return rung
 
 
 def _close_bell(path: str | None, pid: int, fds: list[int]) -> None:
@@ -1904,6 +1929,8 @@ class SQLiteStore(Store):
     def _prepare(self, execute: Any) -> None:
         made = self._has_schema(execute)
         execute("PRAGMA journal_mode=WAL")
+        # A checkpoint waits for the disk, so most are left to `sweep`. In pages: 40 MB.
+        execute("PRAGMA wal_autocheckpoint=10000")
         execute(f"PRAGMA synchronous={self._options['synchronous']}")
         if not made:
             execute("BEGIN IMMEDIATE")
@@ -2097,10 +2124,11 @@ class SQLiteStore(Store):
         return [(kind.decode(), key.decode(), queue.decode()) for kind, key, queue in rows]
 
     def sweep(self) -> None:
-        """Delete 500 expired results at a time, so that no transaction is long."""
+        """Delete 500 expired results at a time, so that no transaction is long; checkpoint."""
         expired = "SELECT id FROM results WHERE expires < ? LIMIT 500"
         while self._write({f"DELETE FROM results WHERE id IN ({expired})": [(time.time(),)]}):
             pass
+        self._execute("PRAGMA wal_checkpoint(PASSIVE)")
         self.bells.sweep()
 
     def close(self) -> None:
@@ -2201,7 +2229,7 @@ def assert_will_not_block() -> None:
     if not _thread.may_join:
         raise RuntimeError(
             "Never call result.get() within a task!\n"
-            "See README, 'Limits and differences', or use allow_join_result()."
+            "See README, 'Calling': another process may be missing, or use allow_join_result()."
         )
 
 
@@ -2818,6 +2846,7 @@ _shared: list[Callable[[Any], Any]] = []
 def _find_current_app() -> TaskQ:
     if not _current:
         _current.append(TaskQ("default", set_as_current=False))
+        _current[-1].is_fallback = True
     return _current[-1]
 
 
@@ -3115,7 +3144,7 @@ class Task:
 
     def s(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not available in this version."""
-        raise _unavailable("signatures")
+        raise _unavailable("a signature")
 
     si = signature = subtask = s
     map = starmap = chunks = replace = add_to_chord = s
@@ -3318,10 +3347,16 @@ class TaskQ:
         self.generation = 0
         given = {"broker_url": broker, "result_backend": backend, "include": include}
         given = {name: value for name, value in given.items() if value is not None}
+        for name in settings.keys() - SETTINGS.keys() - _ONLY.keys() - _NO_EFFECT:
+            near = _nearest(name, ("broker", "backend", "include", "config_source", *SETTINGS), 0.6)
+            raise TypeError(f"TaskQ() has no option {name!r}: did you mean {near!r}?")
         self._conf.update({**given, **(changes or {}), **settings})
         _apps.add(self)
         if set_as_current:
             self.set_current()
+
+    #: Whether this is the app that `current_app` is before any has been made.
+    is_fallback = False
 
     def set_current(self) -> None:
         """Make this the app that `current_app` and `shared_task` mean."""
@@ -3396,6 +3431,11 @@ class TaskQ:
     @_derived
     def store(self) -> Store:
         """Where the app's messages are."""
+        if self.is_fallback and not self.conf.broker_url:
+            raise ImproperlyConfigured(
+                "no app has been made yet, so there is no place for messages: import the module that "
+                "makes it first (in proj/__init__.py: from .celery import app)"
+            )
         url = self.conf.broker_url or "sqlite:///" + os.path.join(self.home, "taskq.db")
         url = url if isinstance(url, str) else url[0]
         return self._opened(url, self.conf.broker_transport_options or {}, self.backend_is_broker)
@@ -3828,6 +3868,8 @@ def _arguments_check(fun: Any, bound: bool) -> Any:
 
 def _add_autoretry(task: Any) -> None:
     """Wrap `run` so that the exceptions of `autoretry_for` retry the task."""
+    if isinstance(task.autoretry_for, type):
+        raise TypeError(f"autoretry_for={task.autoretry_for!r}: expected a tuple of exceptions")
     run = task.run
 
     @functools.wraps(run)
@@ -4148,6 +4190,7 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Callable[[Any, Context
     Whatever else goes wrong, outside the task, is the message's fault: it is rejected.
     """
     began = time.monotonic()
+    message = None
     try:
         message = Message.decode(raw)
         args, kwargs, embed = message.payload(app.conf.accept_content)
@@ -4166,7 +4209,12 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Callable[[Any, Context
     except SoftTimeLimitExceeded:
         raise  # too late for the task; whoever set the limit takes it
     except Exception as exc:
-        return rejected(raw, exc)
+        outcome = rejected(raw, exc)
+        if message is None or message.headers.get("ignore_result"):
+            return outcome
+        request = Context(id=message.id, task=message.headers["task"])
+        text = _encode_result(app, request, FAILURE, InvalidTaskError(outcome.reason))
+        return outcome._replace(results=[(message.id, FAILURE, text)])
 
 
 def _outcome(task: Any, request: Context, run: Run, raw: bytes, runtime: float) -> Outcome:
@@ -4369,6 +4417,9 @@ class Pool:
         """Return the seconds for which outcomes may gather before the next batch; 0 if idle."""
         return 0.0
 
+    def linger(self) -> None:
+        """Stay awake for the end of tasks so short that falling asleep would take longer."""
+
     def running(self) -> dict[int, Slot]:
         """Return {ticket: slot} of what has begun."""
         return {slot.begun[0]: slot for slot in self.slots() if slot.begun[0]}
@@ -4398,22 +4449,22 @@ def _run_claim(worker: Any, slot: Slot, ticket: int, raw: bytes) -> None:
 
     def begin(task: Any, request: Context) -> None:
         nonlocal unlimit
-        flags = ACKS_LATE * bool(task.acks_late)
+        flags = ACKS_LATE if task.acks_late else 0
         if flags and task.reject_on_worker_lost:
             flags |= REJECT_ON_LOST
         hard, soft = request.timelimit or (None, None)
         hard, soft = hard or task.time_limit, soft or task.soft_time_limit
         if not (soft or hard):
-            return slot.begin(ticket, flags)
+            slot.begin(ticket, flags)
+            return
         now = time.time()
         slot.begin(ticket, flags, soft and now + soft or 0.0, hard and now + hard or 0.0)
-        if in_child:  # the main process keeps them
+        if in_child:  # the main process keeps them, and looks by itself if there is time
             unlimit = functools.partial(slot.begin, ticket, flags)
-            if (soft or hard) < _LOOK_SECONDS or (hard or soft) < _LOOK_SECONDS:
+            if min(soft or hard, hard or soft) < _LOOK_SECONDS:
                 bell.ring()
         elif soft and worker.pool_name in ("solo", "threads"):
             unlimit = _SoftLimit(soft).cancel
-        return None
 
     slot.begin(ticket, DECODING)
     try:
@@ -4452,7 +4503,7 @@ class _SoftLimit(threading.Timer):
             if not self.finished.is_set():
                 self._set(SoftTimeLimitExceeded)
         if self.limited is threading.main_thread() and hasattr(signal, "pthread_kill"):
-            # A signal ends the call if it has a handler, in which the exception is raised.
+            # Any signal that has a handler: the exception is raised in there, and so ends the call.
             signal.pthread_kill(self.limited.ident or 0, signal.SIGCHLD)
 
     def cancel(self) -> None:
@@ -4515,6 +4566,8 @@ class ThreadPool(Pool):
                     _run_claim(self.worker, slot, claim.ticket, claim.raw)
                 except BaseException:
                     worker_logger.exception("A thread of the pool failed")
+                if not (self.waiting or self.worker.bell.awake):
+                    self.worker.bell.ring()
 
     def submit(self, claims: Sequence[Claim]) -> None:
         """Queue claims for the first thread that is free."""
@@ -4597,11 +4650,8 @@ class Child:
             self.since = now
         return bool(self.given) and now - self.since > _STUCK_SECONDS
 
-    def give(self, claims: Sequence[Claim], tokens: Sequence[bytes], now: float) -> None:
-        """Hand over tasks."""
-        if not self.given:
-            self.since = now
-        self.given += claims
+    def put(self, tokens: Sequence[bytes]) -> None:
+        """Hand over tokens."""
         step = select.PIPE_BUF // _TOKEN.size  # what the kernel writes at once
         for at in range(0, len(tokens), step):
             os.write(self.writer, b"".join(tokens[at : at + step]))
@@ -4621,7 +4671,7 @@ class Child:
         """Let it end after what it has begun; its other tasks have been taken back."""
         if not self.retired:
             self.retired = True
-            os.write(self.writer, _STOP)
+            self.put([_STOP])
 
     def kill(self, signum: int) -> None:
         """Send it a signal."""
@@ -4769,7 +4819,10 @@ class PreforkPool(Pool):
             child = min(able, key=lambda child: len(child.given))
             count = min(-(-len(self.waiting) // len(able)), depth - len(child.given))
             claims = [self.waiting.popleft() for _ in range(count)]
-            child.give(claims, self._spool.write(claims, self.held), now)
+            if not child.given:
+                child.since = now
+            child.given += claims
+            child.put(self._spool.write(claims, self.held))
 
     def take_back(self) -> list[Claim]:
         """Return what waits here and in the children's pipes."""
@@ -4783,6 +4836,13 @@ class PreforkPool(Pool):
         """Return half of the time for which the least busy child has work."""
         least = min((len(child.given) for child in self.children), default=0)
         return min(0.005, least * self._task_time / 2)
+
+    def linger(self) -> None:
+        """Let the children run for some task times, at most 0.2 ms, or until one has finished."""
+        until = time.perf_counter() + min(0.0002, 4 * self._task_time)
+        slots = list(self.slots()) if self._task_time < 0.0002 else ()
+        while slots and time.perf_counter() < until and not any(slot.fresh for slot in slots):
+            _yield_cpu()
 
     def tick(self, now: float) -> float:
         """Keep time limits; return the seconds until a child may be stuck or a limit is due."""
@@ -4921,10 +4981,14 @@ def _next_token(slot: Slot, reader: int, bell: Bell) -> Any:
         try:
             return _TOKEN.unpack(os.read(reader, _TOKEN.size) or _STOP)
         except BlockingIOError:
-            if slot.fresh:
+            if slot.fresh and not bell.awake:
                 bell.ring()
             _flush_output()
             _readable(reader, 60.0)
+
+
+def _yield_cpu() -> None:
+    os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
 
 
 def _peak_memory() -> float:
@@ -5301,9 +5365,9 @@ class Worker:
         worker_ready.send(sender=self)
         self.ready.set()
 
-    def lost(self, claim: Claim, flags: int) -> Outcome:
+    def lost(self, claim: Claim, flags: int, why: str = "its main process died") -> Outcome:
         """Return the end of a task that a dead worker had begun."""
-        exc = WorkerLostError("Worker exited prematurely: its main process died.")
+        exc = WorkerLostError(f"Worker exited prematurely: {why}.")
         return lost(self.app, claim, exc, runs_again(claim, flags, worker_died=True))
 
     def run(self) -> int:
@@ -5347,9 +5411,9 @@ class Worker:
             claims: list[Claim] = []
             if finished or room and self._hungry:
                 self._unsettled = finished
-                claims = self._settle(self.owner, finished, room)
+                claims = self._settle(self.owner, finished, room if self._hungry else 0)
                 self._unsettled = []
-                if room:
+                if room and self._hungry:
                     self._hungry = len(claims) >= room
             pool.settled()
             if claims:
@@ -5362,7 +5426,9 @@ class Worker:
             if finished or claims:
                 nap = pool.nap()
                 if nap > 0.0003:
-                    bell.wait(nap)
+                    bell.nap(nap)
+                elif claims:
+                    pool.linger()
             elif not bell.asleep:
                 bell.asleep = True
                 ready, self._due = self.store.look(self.queue_names) if claiming else (False, None)
@@ -5370,7 +5436,7 @@ class Worker:
             else:
                 if self._due is not None and claiming:
                     wanted = min(wanted, max(0.0, self._due - time.time()))
-                bell.wait(wanted)
+                self._hungry = bell.wait(wanted) or self._hungry
         except OperationalError as exc:
             worker_logger.error("The store cannot be used: %s. Trying again in 1 second.", exc)
             time.sleep(1.0)
@@ -5442,8 +5508,10 @@ class Worker:
         self._unsettled += pool.collect()
         running = pool.running()
         for ticket, claim in pool.held.items():
-            begun = ticket in running
-            outcome = self.lost(claim, running[ticket].begun[1]) if begun else _GIVE_BACK
+            outcome = _GIVE_BACK
+            if ticket in running:
+                flags = running[ticket].begun[1]
+                outcome = self.lost(claim, flags, "it was told to stop at once")
             self._unsettled.append((claim, outcome))
         try:
             self._settle(self.owner, self._unsettled)
@@ -5457,19 +5525,19 @@ class Worker:
         def stop(signum: int, frame: Any) -> None:
             if os.getpid() != self.pid:
                 return
-            interrupt = signum == signal.SIGINT
-            cold = signum == signal.SIGQUIT or interrupt and self.stopping is not None
+            name = signal.Signals(signum).name
+            interrupt = name == "SIGINT"
+            cold = name == "SIGQUIT" or interrupt and self.stopping is not None
             how, status = ("Cold" if cold else "Warm"), int(cold or interrupt)
             if interrupt and not cold:
                 _say("worker: Hitting Ctrl+C again will terminate all running tasks!")
             _say(f"worker: {how} shutdown (MainProcess)")
-            name = signal.Signals(signum).name
             worker_shutting_down.send(sender=self.hostname, sig=name, how=how, exitcode=status)
             self.stop("cold" if cold else self.stopping or "warm", status)
             if cold and _thread.stack:  # a task of the solo pool, which nothing else can end
                 raise WorkerTerminate(1)
 
-        handlers: dict[str, Any] = dict.fromkeys(("SIGINT", "SIGTERM", "SIGQUIT"), stop)
+        handlers: dict[str, Any] = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"), stop)
         handlers["SIGUSR1"] = lambda *_: _say(_stacks())
         if self.pool_name not in _PATCHES:  # greenlets have their own for children
             handlers["SIGCHLD"] = lambda *_: self.bell.ring()
@@ -5674,6 +5742,9 @@ def find_app(name: str) -> TaskQ:
     submodule `celery`. Raises CommandError if there is none; an error in the module is its own.
     """
     module_name, _, attribute = name.partition(":")
+    if name.startswith(".") or "/" in name or name.endswith(".py"):
+        guess = re.sub(r"\.py$", "", name).strip("./").replace("/", ".")
+        raise CommandError(f"-A {name}: expected a module, as in -A {guess or 'proj'}")
     module = _import_if_there(module_name)
     parent, _, last = module_name.rpartition(".")
     if module is None and parent and not attribute:
@@ -5802,6 +5873,7 @@ def _worker_command(app: TaskQ, options: Any) -> int:
 
 def _check_pidfile(path: str) -> None:
     """Raise CommandError if a living process holds the pid file; a stale one is removed."""
+    pid = 0
     try:
         with open(path) as file:
             pid = int(file.read())
@@ -5812,8 +5884,9 @@ def _check_pidfile(path: str) -> None:
         print(f"Stale pidfile {path} exists - Removing it.", file=sys.stderr)
         _unlink(path)
         return
-    except PermissionError:  # it lives, and is somebody else's
-        pass
+    except PermissionError as exc:  # it lives, and is somebody else's
+        if not pid:
+            raise CommandError(f"cannot read the pid file {path}: {exc.strerror}") from None
     text = f"Pidfile ({path}) already exists. Seems we're already running? (pid: {pid})"
     raise CommandError(text, 73)
 
@@ -5975,7 +6048,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any, Any], int], str, str]] = {
     -D --detach                run in the background
     -l -L --loglevel=DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL
     -O --optimization=default|fair  accepted: it is always fair
-    --prefetch-multiplier=NUMBER  messages to hold for each process
+    --prefetch-multiplier=INTEGER  messages to hold for each process
     --disable-prefetch         claim a message only when a process is free for it
     -c --concurrency=NUMBER    processes, threads or greenlets; the CPUs by default
     -P --pool=prefork|processes|threads|solo|gevent|eventlet  prefork by default
