@@ -1424,8 +1424,8 @@ class Slot:
             self._words[word] = 0
 
     def begin(self, ticket: int, flags: int, soft: float = 0.0, hard: float = 0.0) -> None:
-        """Note that a task begins now; deadlines are seconds since the epoch, or 0."""
-        self._times[1] = time.time()
+        """Note that a task begins now; deadlines are by time.monotonic(), or 0."""
+        self._times[1] = time.monotonic()  # one clock for all processes, which nobody sets
         self._times[2] = soft
         self._times[3] = hard
         self._words[0] = ticket << 2 | flags
@@ -4457,7 +4457,7 @@ def _run_claim(worker: Any, slot: Slot, ticket: int, raw: bytes) -> None:
         if not (soft or hard):
             slot.begin(ticket, flags)
             return
-        now = time.time()
+        now = time.monotonic()
         slot.begin(ticket, flags, soft and now + soft or 0.0, hard and now + hard or 0.0)
         if in_child:  # the main process keeps them, and looks by itself if there is time
             unlimit = functools.partial(slot.begin, ticket, flags)
@@ -4858,7 +4858,7 @@ class PreforkPool(Pool):
         if child.limit is not None:  # it is dying
             return _STUCK_SECONDS
         ticket, (began, soft, hard) = child.slot.begun[0], child.slot.times
-        claim, now = self.held.get(ticket), time.time()
+        claim, now = self.held.get(ticket), time.monotonic()
         if claim is None:
             return _LOOK_SECONDS
         if hard and now >= hard:
@@ -4931,7 +4931,7 @@ def _be_child(
     slot, status = worker.journal.slots[index], 1
 
     def soft_limit(signum: int, frame: Any) -> None:
-        if 0 < slot.times[1] <= time.time():  # else the task that was meant has ended
+        if 0 < slot.times[1] <= time.monotonic():  # else the task that was meant has ended
             raise SoftTimeLimitExceeded()
 
     try:

@@ -7,14 +7,6 @@ bench` measures taskq and its peers.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from datetime import date, datetime, timedelta, timezone
-from datetime import time as daytime
-from decimal import Decimal
-from pathlib import Path
-from taskq import TaskQ
-from typing import NamedTuple
 import contextlib
 import copy
 import functools
@@ -26,7 +18,6 @@ import json
 import os
 import pickle
 import platform
-import pytest
 import random
 import re
 import shlex
@@ -37,13 +28,24 @@ import sqlite3
 import statistics
 import subprocess
 import sys
-import taskq
 import tempfile
 import textwrap
 import threading
 import time
 import types
 import uuid
+from collections import Counter
+from collections.abc import Iterator
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as daytime
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import taskq
+from taskq import TaskQ
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "taskq.py"
@@ -1434,7 +1436,9 @@ def test_a_foreign_backend_fails_at_the_first_access_to_a_result(tmp_path):
 
 @pytest.mark.parametrize("what", ["broker", "backend"])
 def test_a_worker_on_a_foreign_address_ends_with_one_line_and_no_traceback(project, what):
-    project.write("bad.py", f"from taskq import TaskQ\napp = TaskQ('bad', {what}='amqp://host//')\n")
+    project.write(
+        "bad.py", f"from taskq import TaskQ\napp = TaskQ('bad', {what}='amqp://host//')\n"
+    )
     run = project.run("taskq.py", "-A", "bad", "worker")
     assert run.returncode != 0
     assert "Traceback" not in run.stderr + run.stdout
@@ -2758,9 +2762,7 @@ def signalled(tmp_path_factory):
         found.send("add", 1, 2, task_id="expired", expires=-1).get(timeout=20)
     with pytest.raises(taskq.NotRegistered):
         found.send("unknown", task_id="unknown").get(timeout=20)
-    found.sql(
-        "INSERT INTO messages (queue, priority, message) VALUES ('celery', 0, 'garbage')"
-    )
+    found.sql("INSERT INTO messages (queue, priority, message) VALUES ('celery', 0, 'garbage')")
     found.send("add", 3, 4, task_id="last").get(timeout=20)
     node.wait_log("rejected")
     pid = node.process.pid
@@ -3009,6 +3011,58 @@ def test_tasks_pickled_in_another_process_are_the_ones_of_this_app(project):
     program = f"import pickle; task = pickle.loads(bytes.fromhex({data!r})); print(task(2, 3))"
     run = project.run("-c", program)
     assert run.stdout == "5\n", run.stderr
+
+
+# -- mistakes that a newcomer makes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("result_expires", "1 day", "seconds or a timedelta"),
+        ("worker_max_tasks_per_child", "100", "a number"),
+        ("worker_prefetch_multiplier", "a", "a number"),
+        ("task_queues", "a,b", "a list of names or Queue objects"),
+        ("task_acks_late", "no", "True or False"),
+        ("task_time_limit", "10", "seconds"),
+        ("task_serializer", "yaml", "one of 'json' and 'pickle'"),
+        ("accept_content", ["msgpack"], "a list of 'json' and 'pickle'"),
+        ("task_default_exchange_type", "headers", "'direct', 'topic' or 'fanout'"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_an_error_that_says_what_is_expected(name, value, expected):
+    app = TaskQ("x", set_as_current=False)
+    with pytest.raises(taskq.ImproperlyConfigured) as caught:
+        app.conf[name] = value
+    assert str(caught.value) == f"setting {name!r} = {value!r}: expected {expected}"
+    assert app.conf[name] == taskq.SETTINGS[name][0]
+
+
+def test_a_misspelled_option_of_an_app_is_an_error():
+    with pytest.raises(
+        TypeError, match=r"TaskQ\(\) has no option 'brokr': did you mean 'broker'\?"
+    ):
+        TaskQ("x", brokr="sqlite:///x.db")
+
+
+def test_autoretry_for_needs_a_tuple():
+    app = TaskQ("x", set_as_current=False)
+    with pytest.raises(TypeError, match="expected a tuple of exceptions"):
+        app.task(autoretry_for=ConnectionError)(lambda: None)
+
+
+def test_a_shared_task_without_any_app_cannot_be_sent(project):
+    project.write("shared.py", "from taskq import shared_task\n@shared_task\ndef f(): pass\n")
+    done = project.run("-c", "from shared import f; f.delay()")
+    assert "no app has been made yet" in done.stderr.splitlines()[-1]
+    assert not project.db.exists()
+
+
+def test_a_message_of_a_type_that_is_not_accepted_ends_as_failure(project):
+    project.worker("-c", 1)
+    result = project.send("add", 1, 1, serializer="pickle")
+    with pytest.raises(taskq.exceptions.InvalidTaskError, match="Refusing to deserialize content"):
+        result.get(timeout=20)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5474,6 +5528,20 @@ def test_in_a_notebook_each_task_runs_in_the_form_of_the_last_cell(project, opti
         capture_output=True, text=True, timeout=90,
     )  # fmt: skip
     assert done.stdout == f"notes.task ['one', {here}]\n['two', {here}]\nthree\nTrue\n", done.stderr
+
+
+def test_hup_is_a_warm_shutdown(project):
+    node = project.worker("-c", 1)
+    result = project.send("sleep", 0.5)
+    wait_for(lambda: "received" in node.log)
+    assert node.stop(signal.SIGHUP) == 0
+    assert result.get(timeout=5) == 0.5
+
+
+def test_a_path_is_no_module(project):
+    done = project.run("taskq.py", "-A", "./tasks.py", "worker")
+    assert done.returncode == 2
+    assert done.stderr == "Error: -A ./tasks.py: expected a module, as in -A tasks\n"
 
 
 # ---------------------------------------------------------------------------------------------
