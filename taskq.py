@@ -22,7 +22,7 @@ How a task flows:
     producer                  store (one SQLite file)                worker
     add.delay(2, 2)
       -> Message -> publish ───────► queue
-                                       │ claim a batch, under the worker's name
+                                       │ claim a batch, under the worker's number
                                        ▼
                                     claimed ──────────────► main loop ── token ──► pool child
                                                               ▲                    execute()
@@ -32,7 +32,7 @@ How a task flows:
                                queue   ◄──┘  follow-up messages, in one transaction
 
 The producer turns a call into a Message, Celery's protocol 2, and the store keeps it. A worker's
-main process claims messages in batches and hands each to a child with a 16-byte token; the child
+main process claims messages in batches and hands each to a child with a 24-byte token; the child
 executes it and writes the Outcome into the worker's Journal, a memory-mapped file that outlives
 any crash; the main process settles outcomes, again in batches. Sleepers are woken by their Bell.
 When a worker is killed, another one reads its journal: what had finished keeps its result, what
@@ -237,7 +237,6 @@ class Retry(TaskPredicate):
         when: Any = None,
         is_eager: bool = False,
         sig: Any = None,
-        **kwargs: Any,
     ) -> None:
         self.message = message
         self.exc = None if isinstance(exc, str) else exc
@@ -245,7 +244,7 @@ class Retry(TaskPredicate):
         self.when = when
         self.is_eager = is_eager
         self.sig = sig
-        super().__init__(self, exc, when, **kwargs)
+        super().__init__(message, exc, when)
 
     def humanize(self) -> str:
         """Return when it will run, such as 'in 3s'."""
@@ -710,7 +709,6 @@ class Settings(dict):
 
     #: Counts changes, so that what is derived from settings knows when to be derived again.
     version = 0
-    _check_defaults = True
 
     def __init__(self) -> None:
         super().__init__({name: default for name, (default, _) in SETTINGS.items()})
@@ -1071,13 +1069,14 @@ class Signal:
         With a `sender` only for that one. A second receiver of one `dispatch_uid` changes nothing.
         """
         if receiver is None or not callable(receiver):
-            return functools.partial(self.connect, sender=sender or receiver, weak=weak)
+            named = {"sender": sender or receiver, "weak": weak, "dispatch_uid": dispatch_uid}
+            return functools.partial(self.connect, **named)
         key = dispatch_uid or _receiver_key(receiver), sender
         self.receivers = [entry for entry in self.receivers if entry[2]() is not None]
         if not any(known == key for known, _, _ in self.receivers):
             reference: Any = lambda: receiver  # noqa: E731
             if weak:
-                is_method = hasattr(receiver, "__self__")
+                is_method = hasattr(receiver, "__func__")
                 reference = (weakref.WeakMethod if is_method else weakref.ref)(receiver)
             self.receivers = [*self.receivers, (key, sender, reference)]
         return receiver
@@ -1118,8 +1117,9 @@ class Signal:
 
 
 def _receiver_key(receiver: Any) -> Any:
-    owner = getattr(receiver, "__self__", None)
-    return (id(owner), id(receiver.__func__)) if owner is not None else id(receiver)
+    if hasattr(receiver, "__func__"):  # a method is a new object at each look
+        return id(receiver.__self__), id(receiver.__func__)
+    return id(receiver)
 
 
 #: Loggers have Celery's names, so that a project's logging configuration works for both.
@@ -1176,11 +1176,13 @@ class Bell:
     within the process; `mine` is False for another process's bell, seen from here.
     """
 
-    #: The flag's 8 bytes (0 while the owner is awake, NAP, or the kind of topic it sleeps for), then
+    #: The flag's 8 bytes (0: awake; NAP; DEAF; or the kind of topic its owner sleeps for), then
     #: a Bloom filter of topics: 2 of its 32,768 bits for each.
     SIZE = 8 + 4096
     #: The owner wants to be woken only by those who know why: its own children, without work.
     NAP = 1
+    #: It sleeps, and listens to no topic: a worker that is full leaves calls to others.
+    DEAF = 2
 
     def __init__(self, path: str | None = None, mine: bool = True, polls: bool = False) -> None:
         self.path = path
@@ -1210,12 +1212,16 @@ class Bell:
     def asleep(self, value: bool) -> None:
         self._flag[0] = self._kind if value else 0
 
-    _kind = 2
+    _kind = DEAF
 
     @property
     def awake(self) -> bool:
         """Whether the owner neither sleeps nor naps."""
         return not self._flag[0]
+
+    def doze(self, hears: bool) -> None:
+        """Sleep from now on; unless it `hears`, only the owner's own processes can wake it."""
+        self._flag[0] = self._kind if hears else self.DEAF
 
     def listen(self, topics: Iterable[str]) -> None:
         """Hear of these topics, all of one kind (their first letter), and of no others."""
@@ -1429,6 +1435,11 @@ class Slot:
         self._times[2] = soft
         self._times[3] = hard
         self._words[0] = ticket << 2 | flags
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `finish` would not have to wait."""
+        return self._words[4] - self._words[5] < len(self._ring) // 2 - _RECORD.size
 
     def finish(self, ticket: int, outcome: bytes, wake: Callable[[], Any]) -> None:
         """Note how a task ended; waits, waking the main process, while the ring is full."""
@@ -1670,7 +1681,7 @@ class Store:
         raise NotImplementedError
 
     def settle(
-        self, owner: int, settled: Settled, queues: Sequence[str] = (), limit: int = 0, *_: Any
+        self, owner: int, settled: Settled, queues: Sequence[str] = (), limit: int = 0
     ) -> list[Claim]:
         """Apply the outcomes of claims, then claim up to `limit` messages from `queues`.
 
@@ -1802,50 +1813,86 @@ _RESULT = "INSERT OR REPLACE INTO results (id, state, meta, expires) VALUES (?, 
 
 
 class _Session:
-    """A connection to SQLite, and the lock of the threads that share it.
+    """A thread's connection to SQLite, opened when it is first needed, also after a fork.
 
     `with session as connection:` ends the transaction that was begun in it, and turns SQLite's
-    errors into OperationalError.
+    errors into OperationalError (ValueError for a value that is too large).
     """
 
-    def __init__(self, path: str, timeout: float) -> None:
+    def __init__(self, path: str | None, connect: Callable[[], sqlite3.Connection]) -> None:
         self.path = path
-        self.pid = os.getpid()
         self.lock = threading.RLock()
-        self.connection = sqlite3.connect(
-            path, timeout, isolation_level=None, check_same_thread=False
-        )
-        self.connection.text_factory = bytes  # messages travel undecoded, whatever is in them
+        self._connect = connect
+        self._open: list[sqlite3.Connection] = []  # one, or none
         #: Also called at the end of the thread and of the process.
-        self.close = weakref.finalize(self, _close_connection, self.connection, self.pid)
+        self.close = weakref.finalize(self, _close_all, self._open)
+        if path is not None:
+            _sessions.add(self)
 
     def __enter__(self) -> sqlite3.Connection:
         self.lock.acquire()
-        return self.connection
+        if not self._open:
+            try:
+                with _opening:
+                    self._open.append(self._connect())
+            except BaseException:
+                self.lock.release()
+                raise
+        return self._open[0]
 
     def __exit__(self, kind: Any, exc: Any, traceback: Any) -> None:
+        connection = self._open[0]
         try:
-            if exc is None and self.connection.in_transaction:
-                self.connection.execute("COMMIT")
+            if exc is None and connection.in_transaction:
+                connection.execute("COMMIT")
         except sqlite3.Error as error:
             exc = error
         finally:
-            if self.connection.in_transaction:
-                self.connection.execute("ROLLBACK")
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             self.lock.release()
+        if isinstance(exc, sqlite3.DataError):
+            raise ValueError(f"database {self.path}: {exc}") from None
         if isinstance(exc, sqlite3.Error):
             raise OperationalError(f"database {self.path}: {exc}") from None
 
 
-def _close_connection(connection: sqlite3.Connection, pid: int) -> None:
-    if pid == os.getpid():
-        connection.close()
-    else:
-        _inherited.append(connection)  # closing it in a child of a fork would harm the parent
+def _close_all(connections: list[sqlite3.Connection]) -> None:
+    while connections:
+        connections.pop().close()
 
 
-_inherited: list[sqlite3.Connection] = []
-_making = threading.Lock()  # held while a file is made: see SQLiteStore
+#: All sessions with a file, and what a thread holds while it opens a connection or makes the file.
+_sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
+_opening = threading.RLock()
+_held: list[_Session] = []
+
+
+def _before_fork() -> None:
+    """Close every connection: SQLite counts its locks by process, and a child that inherited one
+    would believe that it has its parent's locks."""
+    for store in list(_stores.values()):
+        store.bells.clear()
+    for _ in range(2):  # the second time for one that was being opened
+        for session in set(_sessions) - set(_held):
+            session.lock.acquire()
+            _held.append(session)
+        _opening.acquire()
+    for session in _held:
+        _close_all(session._open)
+
+
+def _after_fork() -> None:
+    for _ in range(2):
+        _opening.release()
+    while _held:
+        _held.pop().lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork
+    )
 
 
 class SQLiteStore(Store):
@@ -1883,9 +1930,9 @@ class SQLiteStore(Store):
         self._tickets = itertools.count(1)
         self._orphans: dict[int, float] = {}  # owners without a journal, and when that was seen
         # Each thread has a session; in memory they share one.
-        self._local: Any = threading.local() if path else types.SimpleNamespace()
+        self._local: Any = threading.local()
         if path is None:
-            self._session()
+            self._local = types.SimpleNamespace(session=_Session(None, self._connect))
 
     def uri(self) -> str:
         """Return the address with an absolute path."""
@@ -1894,32 +1941,40 @@ class SQLiteStore(Store):
     # -- connections ---------------------------------------------------------------------------
 
     def _session(self) -> _Session:
-        """Return this thread's session; a child of a fork never uses its parent's."""
+        """Return this thread's session."""
         session = getattr(self._local, "session", None)
-        if session is None or session.pid != os.getpid():
-            session = self._local.session = self._open()
+        if session is None:
+            session = self._local.session = _Session(self.path, self._connect)
         return session
 
-    def _open(self) -> _Session:
+    def _connect(self) -> sqlite3.Connection:
         path, timeout = self.path, float(self._options["timeout"])
         if path and os.path.isdir(path):
             raise OperationalError(f"{path} is a directory: expected an SQLite file")
         until = time.monotonic() + timeout
+        connection: Any = None
         try:
             if path:
-                with _making, contextlib.suppress(FileExistsError):
+                with contextlib.suppress(FileExistsError):
                     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            session = _Session(path or ":memory:", timeout)
+            connection = sqlite3.connect(
+                path or ":memory:", timeout, isolation_level=None, check_same_thread=False
+            )
+            connection.text_factory = bytes  # messages travel undecoded, whatever is in them
             while True:
                 try:
-                    self._prepare(session.connection.execute)
-                    return session
+                    self._prepare(connection.execute)
+                    return connection
                 except sqlite3.OperationalError as exc:
                     # SQLite itself does not wait while another process turns a new file to WAL.
                     if "locked" not in str(exc) or time.monotonic() > until:
                         raise
                     time.sleep(0.01)
-        except (OSError, sqlite3.Error) as exc:
+        except (OSError, sqlite3.Error, OperationalError) as exc:
+            if connection is not None:
+                connection.close()
+            if isinstance(exc, OperationalError):
+                raise
             rights = "; taskq needs to write the file and its directory"
             raise OperationalError(
                 f"cannot open the database {path}: {getattr(exc, 'strerror', None) or exc}"
@@ -1987,7 +2042,7 @@ class SQLiteStore(Store):
         return bool(ready) or next_due is not None and next_due <= time.time(), next_due
 
     def settle(
-        self, owner: int, settled: Settled, queues: Sequence[str] = (), limit: int = 0, *_: Any
+        self, owner: int, settled: Settled, queues: Sequence[str] = (), limit: int = 0
     ) -> list[Claim]:
         """Settle and claim in one transaction, then ring whoever waits for what it brought."""
         claims: list[Claim] = []
@@ -2136,8 +2191,7 @@ class SQLiteStore(Store):
         self.bells.clear()
         session = getattr(self._local, "session", None)
         if self.path is not None and session is not None:
-            del self._local.session
-            session.close()
+            _close_all(session._open)
 
 
 _stores: dict[tuple[str, str], Store] = {}
@@ -2169,25 +2223,6 @@ def open_store(url: str, options: dict[str, Any]) -> Store:
         path = os.path.realpath(rest[1:]) if scheme == "sqlite" and len(rest) > 1 else None
         _stores[key] = SQLiteStore(path, options)
     return _stores[key]
-
-
-def _before_fork() -> None:
-    # SQLite counts its locks by process: if the file were open at a fork, the child would believe
-    # that it has its parent's locks, and another process could delete the log under it.
-    for store in list(_stores.values()):
-        store.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork)
-
-
-# --- until s11 and s12 have adopted the new forms ---
-_RemoteBell: Any = functools.partial(Bell, mine=False)
-Journal.open = Journal  # type: ignore[attr-defined]
-Journal.create = lambda path, node, slots, ring: Journal(  # type: ignore[attr-defined]
-    path, {"node": node, "slots": slots, "ring": ring}
-)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2473,9 +2508,6 @@ class EagerResult(AsyncResult):
     def __reduce__(self) -> Any:
         meta = self._meta()
         return type(self), (self.id, meta["result"], meta["status"], meta["traceback"])
-
-    def __repr__(self) -> str:
-        return f"<EagerResult: {self.id}>"
 
 
 def _unavailable(name: str) -> NotImplementedError:
@@ -3433,8 +3465,8 @@ class TaskQ:
         """Where the app's messages are."""
         if self.is_fallback and not self.conf.broker_url:
             raise ImproperlyConfigured(
-                "no app has been made yet, so there is no place for messages: import the module that "
-                "makes it first (in proj/__init__.py: from .celery import app)"
+                "no app has been made yet, so there is no place for messages: import the module "
+                "that makes it first (in proj/__init__.py: from .celery import app)"
             )
         url = self.conf.broker_url or "sqlite:///" + os.path.join(self.home, "taskq.db")
         url = url if isinstance(url, str) else url[0]
@@ -4046,7 +4078,8 @@ def run_task(task: Any, request: Context, propagate: bool = False) -> Run:
         if task.track_started and not request.is_eager and not _ignores_result(task, request):
             meta = {"pid": os.getpid(), "hostname": request.hostname}
             text = _encode_result(task.app, request, STARTED, meta)
-            task.app.backend.put_results([(id, STARTED, text)])
+            with contextlib.suppress(OperationalError):  # it only says so
+                task.app.backend.put_results([(id, STARTED, text)])
         try:
             if cls.before_start is not Task.before_start:
                 task.before_start(id, args, kwargs)
@@ -4187,10 +4220,10 @@ def _encode_result(
 def execute(app: TaskQ, raw: bytes, hostname: str, begin: Callable[[Any, Context], Any]) -> Outcome:
     """Turn one message into its Outcome; `begin(task, request)` is called before the task runs.
 
-    Whatever else goes wrong, outside the task, is the message's fault: it is rejected.
+    A message that no task can be made of is rejected; whatever else goes wrong is a failure.
     """
     began = time.monotonic()
-    message = None
+    message = request = task = None
     try:
         message = Message.decode(raw)
         args, kwargs, embed = message.payload(app.conf.accept_content)
@@ -4209,11 +4242,13 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Callable[[Any, Context
     except SoftTimeLimitExceeded:
         raise  # too late for the task; whoever set the limit takes it
     except Exception as exc:
+        if task is not None and request is not None:
+            return failure(app, request, exc, task)
         outcome = rejected(raw, exc)
         if message is None or message.headers.get("ignore_result"):
             return outcome
-        request = Context(id=message.id, task=message.headers["task"])
-        text = _encode_result(app, request, FAILURE, InvalidTaskError(outcome.reason))
+        about = Context(id=message.id, task=message.headers["task"])
+        text = _encode_result(app, about, FAILURE, InvalidTaskError(outcome.reason))
         return outcome._replace(results=[(message.id, FAILURE, text)])
 
 
@@ -4307,9 +4342,7 @@ def lost(app: TaskQ, claim: Claim, exc: BaseException, again: bool) -> Outcome:
         if again:
             return Outcome("requeue", [], [], redelivered(claim.raw), 0.0)
         args, kwargs, embed = (), {}, {}  # type: Any, Any, Any
-        if (
-            claim.message.content_type == CONTENT_TYPES["json"]
-        ):  # a pickle may kill this process too
+        if claim.message.content_type == CONTENT_TYPES["json"]:  # a pickle may kill us too
             args, kwargs, embed = claim.message.payload(app.conf.accept_content)
     except MalformedMessage as bad:
         return rejected(claim.raw, bad)
@@ -4529,9 +4562,10 @@ class SoloPool(Pool):
         """Run tasks for some milliseconds, at least one."""
         until = time.monotonic() + _BATCH_SECONDS
         with denied_join_result():
-            while self.waiting:
+            slot = self.worker.journal.slots[0]
+            while self.waiting and slot.has_room:  # this thread would have to make room itself
                 claim = self.waiting.popleft()
-                _run_claim(self.worker, self.worker.journal.slots[0], claim.ticket, claim.raw)
+                _run_claim(self.worker, slot, claim.ticket, claim.raw)
                 if time.monotonic() > until:
                     break
         return super().collect()
@@ -5290,17 +5324,19 @@ class Worker:
 
     def start(self) -> int:
         """Run until told to stop; return the exit status."""
-        streams = sys.stdout, sys.stderr
+        streams, signals = (sys.stdout, sys.stderr), {}  # type: Any, dict[int, Any]
         configure_logging(self.app, **self.log_options)
         try:
             self.setup()
             celeryd_after_setup.send(sender=self.hostname, instance=self, conf=self.app.conf)
             self._announce(sys.__stdout__)
             with contextlib.suppress(ValueError):  # in another thread than the main one
-                self._install_signals()
+                self._install_signals(signals)
             return self.run()
         finally:
             sys.stdout, sys.stderr = streams
+            for signum, handler in signals.items():
+                signal.signal(signum, handler)
 
     def _announce(self, out: Any) -> None:
         count = sum(map(self.store.purge, self.queue_names)) if self.purge else 0
@@ -5430,35 +5466,40 @@ class Worker:
                 elif claims:
                     pool.linger()
             elif not bell.asleep:
-                bell.asleep = True
-                ready, self._due = self.store.look(self.queue_names) if claiming else (False, None)
+                bell.doze(room > 0)
+                ready, self._due = self.store.look(self.queue_names) if room else (False, None)
                 self._hungry = self._hungry or ready
             else:
-                if self._due is not None and claiming:
+                if self._due is not None and room:
                     wanted = min(wanted, max(0.0, self._due - time.time()))
                 self._hungry = bell.wait(wanted) or self._hungry
-        except OperationalError as exc:
-            worker_logger.error("The store cannot be used: %s. Trying again in 1 second.", exc)
+        except (OperationalError, OSError) as exc:
+            what = "The store" if isinstance(exc, OperationalError) else "The pool"
+            worker_logger.error("%s cannot be used: %s. Trying again in 1 second.", what, exc)
             time.sleep(1.0)
 
     def _settle(self, owner: int, finished: Sequence[Any], room: int = 0) -> list[Claim]:
-        """Put the outcomes of an owner's claims into the store; claim up to `room` messages."""
+        """Settle the outcomes of an owner's claims; claim up to `room` messages."""
+        try:
+            return self._put(owner, finished, room)
+        except (StaleClaim, ValueError, OverflowError):  # of one of them: settle the others
+            for claim, outcome in finished:
+                try:
+                    self._put(owner, [(claim, outcome)])
+                except StaleClaim as exc:
+                    worker_logger.warning("An outcome was dropped: %s", exc)
+                except (ValueError, OverflowError) as exc:  # the store cannot take it
+                    self._put(owner, [(claim, lost(self.app, claim, exc, again=False))])
+            return []
+
+    def _put(self, owner: int, finished: Sequence[Any], room: int = 0) -> list[Claim]:
+        """Put outcomes into the store; where results have one of their own, that comes first."""
         if not self.app.backend_is_broker:
             results = [result for _, outcome in finished for result in outcome.results]
             if results:
                 self.app.backend.put_results(results)
             finished = [(claim, outcome._replace(results=[])) for claim, outcome in finished]
-        try:
-            return self.store.settle(owner, finished, self.queue_names, room)
-        except (StaleClaim, ValueError, OverflowError):  # of one of them: settle the others
-            for claim, outcome in finished:
-                try:
-                    self.store.settle(owner, [(claim, outcome)])
-                except StaleClaim as exc:
-                    worker_logger.warning("An outcome was dropped: %s", exc)
-                except (ValueError, OverflowError) as exc:  # the store cannot take it
-                    self.store.settle(owner, [(claim, lost(self.app, claim, exc, again=False))])
-            return []
+        return self.store.settle(owner, finished, self.queue_names, room)
 
     def _received(self, claims: Sequence[Claim]) -> None:
         """Log claims and tell the receivers of `task_received`."""
@@ -5521,7 +5562,9 @@ class Worker:
             self._unsettled = []
             pool.held.clear()
 
-    def _install_signals(self) -> None:
+    def _install_signals(self, replaced: dict[int, Any]) -> None:
+        """Install the worker's handlers, and note those they replace."""
+
         def stop(signum: int, frame: Any) -> None:
             if os.getpid() != self.pid:
                 return
@@ -5542,7 +5585,8 @@ class Worker:
         if self.pool_name not in _PATCHES:  # greenlets have their own for children
             handlers["SIGCHLD"] = lambda *_: self.bell.ring()
         for name in handlers.keys() & set(dir(signal)):  # Windows has two of them
-            signal.signal(getattr(signal, name), handlers[name])
+            signum = getattr(signal, name)
+            replaced[signum] = signal.signal(signum, handlers[name])
 
     # -- the banner ------------------------------------------------------------------------------
 
@@ -5895,10 +5939,11 @@ def _detach() -> None:
     """Go into the background: no terminal, no parent, standard streams to nowhere."""
     if not hasattr(os, "fork"):
         raise CommandError("--detach needs a platform with fork")
-    for _ in range(2):
-        if os.fork():
-            os._exit(0)
-        os.setsid()
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    if os.fork():  # a session's leader could take a terminal
+        os._exit(0)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
@@ -6204,7 +6249,7 @@ def _publish_submodules() -> None:
 
     Changing between the two is then a search and replace of the package's name.
     """
-    names = globals()
+    names = {name: value for name, value in globals().items() if type(value) is not Proxy}
     errors = {
         name: value
         for name, value in names.items()
