@@ -1183,6 +1183,8 @@ class Bell:
     NAP = 1
     #: It sleeps, and listens to no topic: a worker that is full leaves calls to others.
     DEAF = 2
+    #: Seconds to look out for a ring before falling asleep: to be woken takes as long as a task.
+    ALERT = 0.0004
 
     def __init__(self, path: str | None = None, mine: bool = True, polls: bool = False) -> None:
         self.path = path
@@ -1262,6 +1264,10 @@ class Bell:
     def wait(self, timeout: float) -> bool:
         """Sleep until somebody rings, or for `timeout` seconds; return whether somebody did."""
         rung = False
+        if threading.active_count() == 1:  # others would want the interpreter
+            until = time.perf_counter() + min(self.ALERT, timeout)
+            while self._flag[0] and time.perf_counter() < until:
+                _yield_cpu()
         timeout = max(0.0, min(timeout, 0.02) if self.polls else timeout)
         if not self._fds:
             time.sleep(timeout)
@@ -1356,6 +1362,10 @@ class Bells:
             except OSError as exc:
                 if exc.errno in (errno.ENXIO, errno.ENOENT):
                     _unlink(path)
+
+
+def _yield_cpu() -> None:
+    os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
 
 
 def _topic_bits(topic: str) -> tuple[int, int]:
@@ -1958,7 +1968,7 @@ class SQLiteStore(Store):
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             connection = sqlite3.connect(
-                path or ":memory:", timeout, isolation_level=None, check_same_thread=False
+                path or ":memory:", timeout=timeout, isolation_level=None, check_same_thread=False
             )
             connection.text_factory = bytes  # messages travel undecoded, whatever is in them
             while True:
@@ -5019,10 +5029,6 @@ def _next_token(slot: Slot, reader: int, bell: Bell) -> Any:
                 bell.ring()
             _flush_output()
             _readable(reader, 60.0)
-
-
-def _yield_cpu() -> None:
-    os.sched_yield() if hasattr(os, "sched_yield") else time.sleep(0)
 
 
 def _peak_memory() -> float:
