@@ -3910,7 +3910,8 @@ def check_storm(project, results, late):
         for result in results:
             if result.state == "FAILURE":
                 assert isinstance(result.result, taskq.exceptions.WorkerLostError)
-                assert begun[result.id] == 1
+                # Not 1: its process may die between the mark and the task's first line.
+                assert begun[result.id] <= 1
             else:
                 assert ended[result.id] == 1
     wait_for(lambda: waiting(project) == 0, what="an empty queue")
