@@ -1215,6 +1215,7 @@ class Bell:
         self._flag[0] = self._kind if value else 0
 
     _kind = DEAF
+    _rung = False  # whether the last wait ended with a ring: then the next may soon come
 
     @property
     def awake(self) -> bool:
@@ -1264,7 +1265,7 @@ class Bell:
     def wait(self, timeout: float) -> bool:
         """Sleep until somebody rings, or for `timeout` seconds; return whether somebody did."""
         rung = False
-        if threading.active_count() == 1:  # others would want the interpreter
+        if self._rung and threading.active_count() == 1:  # others would want the interpreter
             until = time.perf_counter() + min(self.ALERT, timeout)
             while self._flag[0] and time.perf_counter() < until:
                 _yield_cpu()
@@ -1276,6 +1277,7 @@ class Bell:
         elif timeout > 0.1 and self.path is not None and not os.path.exists(self.path + ".bell"):
             self.polls = True  # somebody has deleted it: only our own children can still ring
         self._flag[0] = 0
+        self._rung = rung
         return rung
 
 
