@@ -2001,11 +2001,12 @@ class RedisBell(Bell):
     """A Bell that Redis rings too: for a worker when somebody pushes to a list that it has looked
     at, for a client when a result is published."""
 
+    _line: Any = None  # the connection on which Redis rings
+
     def __init__(self, store: RedisStore, path: str | None = None, polls: bool = False) -> None:
         super().__init__(path, polls=polls)
         self._store = store
         self._channels: list[str] = []
-        self._line: Any = None  # the connection on which Redis rings
         #: Its number for the server.
         self.line_id = 0
 
@@ -2029,6 +2030,9 @@ class RedisBell(Bell):
                 pass
         except (OperationalError, *self._store.errors):
             self.hang_up()
+
+    def __del__(self) -> None:
+        self.hang_up()
 
     def hang_up(self) -> None:
         """Give up the connection on which Redis rings; the next sleep makes another."""
@@ -2646,8 +2650,9 @@ class RedisStore(Store):
         """Close this thread's connection and the bells that nobody uses."""
         with contextlib.suppress(OperationalError):
             self._strike_out()
-        self.bells.clear()
         local = self.local.__dict__
+        local.pop("bell", None)
+        self.bells.clear()
         connection, local["connection"] = local.get("connection"), None
         if connection is not None and local["pid"] == os.getpid():
             connection.disconnect()
@@ -3849,7 +3854,7 @@ class chord(Signature):  # noqa: N801
         header, leaves = sig.tasks, sig.tasks._leaves()
         with app._batch() as batch:
             if leaves:
-                delivery = app._unlock_delivery(header.id, sig.body, [leaf.id for leaf in leaves])
+                delivery = app._unlock_delivery(header.id, sig.body)
                 batch.chords.append((header.id, len(leaves), delivery))
             else:
                 sig.body.apply_async(([],), add_to_parent=False)
@@ -5095,7 +5100,7 @@ class TaskQ:
             headers = message.headers
             after_task_publish.send(sender=headers["task"], body=payload, headers=headers, **info)
 
-    def _unlock_delivery(self, gid: str, body: Any, parts: Iterable[str] = ()) -> Delivery:
+    def _unlock_delivery(self, gid: str, body: Any) -> Delivery:
         """Return the message that has a chord's body called, for the queue of its first task."""
         first = body._all()[0]
         task = self.tasks.get(first.task)
@@ -5104,7 +5109,7 @@ class TaskQ:
         names = ("queue", "exchange", "routing_key", "priority")
         options = {name: options[name] for name in names if options.get(name) is not None}
         unlock = self.tasks["celery.chord_unlock"]
-        kwargs = {"result": [((id, None), None) for id in parts]} if self.backend.foreign else {}
+        kwargs: Any = {"result": []} if self.backend.foreign else {}  # there Celery looks for ids
         return self._prepare(unlock.name, (gid, body), kwargs, options, unlock).deliveries[0]
 
     AsyncResult = _with_app(AsyncResult)

