@@ -6493,6 +6493,7 @@ def test_the_demo_does_real_work_reports_it_and_leaves_nothing_behind(project, f
     assert "A prefork worker with" in done.stdout
     assert re.search(r"^(\d+)/\1$", done.stdout, re.M), "the progress reaches its end"
     assert re.search(r"tasks: +\d+ in [\d.]+ s, [\d,]+ a second", done.stdout)
+    assert re.search(r"of that: +[\d.]+ s to send them all, and [\d.]+ s until", done.stdout)
     assert "a plain loop agrees on all but 0 files" in done.stdout
     assert list((project.path / "tmp").iterdir()) == []
     made = {path.name for path in project.path.iterdir()} - {path.name for path in before}
