@@ -1931,11 +1931,11 @@ local function part(key, id, place, value, ttl, again, list, text)
     for _, name in ipairs({'.j', '.t', '.s', '.d', '.b'}) do
         call('EXPIRE', key .. name, ttl)
     end
+    local parts = size and size + (call('GET', key .. '.t') or 0)
+    if call('ZCARD', key .. '.j') ~= parts then return end
     local body = call('LRANGE', key .. '.b', 0, 1)
     if #body == 0 then body = {list, text} end
-    local parts = size and size + (call('GET', key .. '.t') or 0)
-    if call('ZCARD', key .. '.j') == parts and body[1] ~= ''
-        and (over or call('SET', key .. '.c', 'done', 'NX', 'EX', 86400)) then
+    if body[1] ~= '' and (over or call('SET', key .. '.c', 'done', 'NX', 'EX', 86400)) then
         body[2] = named(body[2], key)
         if again == '1' then
             done[#done + 1] = body
@@ -2337,7 +2337,8 @@ class RedisStore(Store):
         metas = {id: (state, text) for id, state, text, _ in results} if parts else {}
         for chord, place, id, delivery in parts:
             state, text = metas.get(id, (SUCCESS, '{"result": null}'))
-            value = json.dumps([1, id, state, json.loads(text)["result"]])
+            result = json.loads(text)["result"] if text.startswith("{") else None  # a pickle
+            value = json.dumps([1, id, state, result])
             place, body = "+inf" if place is None else place, self._body(delivery)
             made.append(("part", self._chord_key(chord), id, place, value, ttl, again, *body))
         return made
@@ -3464,7 +3465,11 @@ class Signature(dict):
         for name, value in (("task_id", _id or uuid()), *options.items()):
             if value is not None:
                 self.options.setdefault(name, value)
-        return AsyncResult(self.options["task_id"], app=self.app)
+        result = AsyncResult(self.options["task_id"], app=self.app)
+        task = self._type or dict.get(self.app.tasks, self.task)
+        ignored = self.options.get("ignore_result", task is not None and task.ignore_result)
+        result.ignored = bool(ignored) and "chord" not in self.options
+        return result
 
     def _inner(self) -> Any:
         """Return the signatures that it is made of, in their order; None if it is one task."""
@@ -4541,10 +4546,12 @@ class Task:
         if not request.chord:
             raise ValueError("Current task is not member of any chord")
         place = {"group_id": request.group, "group_index": request.group_index}
-        sig.set(chord=request.chord, root_id=request.root_id, **place)
-        sig.freeze()
-        self.backend.publish((), [(request.group, 1, None)])
-        return sig if lazy else sig.delay()
+        sig = _single(sig)
+        sig.freeze(root_id=request.root_id)
+        _place(sig, {**place, "chord": request.chord})
+        with self.app._batch() as batch:
+            batch.chords.append((request.group, 1, None))
+            return sig if lazy else sig.delay()
 
     def update_state(self, task_id: Any = None, state: Any = None, meta: Any = None) -> None:
         """Set the task's state, own names included, and what `AsyncResult.info` shows meanwhile:
@@ -5568,7 +5575,7 @@ def _call_errbacks(app: TaskQ, request: Context, exc: Any, traceback: Any) -> No
             else:
                 with app._batch(request.follow_ups):
                     sig.apply_async((id,), parent_id=id, root_id=request.root_id or id)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # it may run in the worker's main process
             trace_logger.exception("The errback %r of %s raised: %r", sig, id, error)
 
 
@@ -5731,8 +5738,11 @@ def _unlock(self: Any, group_id: str, callback: Any, **_: Any) -> None:
     """Call the body of a chord whose parts have ended, or give it its end where one has failed."""
     app, request = self.app, self.request
     body = maybe_signature(callback, app, True)
-    ids = app.backend.chord_parts(group_id)
-    found = app.backend.get_results(ids)
+    try:
+        ids = app.backend.chord_parts(group_id)
+        found = app.backend.get_results(ids)
+    except OperationalError as error:  # nobody else will do this
+        raise Reject(str(error), requeue=True) from None
     if not ids:  # somebody has done this already
         return
     values, traceback = [], None
@@ -5766,7 +5776,7 @@ def _built_in(name: str, fun: Any, **options: Any) -> None:
 _built_in("celery.map", _mapping(map), bind=True)
 _built_in("celery.starmap", _mapping(itertools.starmap), bind=True)
 _built_in("celery.accumulate", _accumulate)
-_late = {"acks_late": True, "reject_on_worker_lost": True}
+_late = {"acks_late": True, "reject_on_worker_lost": True, "time_limit": 0, "soft_time_limit": 0}
 _built_in("celery.chord_unlock", _unlock, bind=True, ignore_result=True, **_late)
 
 
@@ -6677,8 +6687,11 @@ class Worker:
             if isinstance(exc, StaleClaim):
                 worker_logger.warning("An outcome was dropped: %s", exc)
                 return []
-            ends = [(claim, lost(self.app, claim, exc, again=False)) for claim, _ in finished]
-            return self._settle(owner, ends)  # that the store can take
+            ((claim, outcome),) = finished
+            end = Outcome("reject", [], [], f"it cannot be settled: {exc}", 0.0)
+            if outcome.runtime:  # it has run: say how it ends
+                end = lost(self.app, claim, exc, again=False)
+            return self._settle(owner, [(claim, end)])
 
     def _received(self, claims: Sequence[Claim]) -> None:
         """Log claims and tell the receivers of `task_received`."""
@@ -6720,8 +6733,15 @@ class Worker:
         self._left()
         self.pool.stop(0.0)
         told = functools.partial(self.lost, why="it was told to stop at once")
+        brought: list[Claim] = []  # the end of a chord is for the worker that settles its last part
+
+        def settle(owner: int, finished: Sequence[Any]) -> None:
+            brought.extend(self._settle(owner, finished))
+
         try:
-            self.store.recover_owner(self.owner, self.journal.ends(), told, self._settle)
+            self.store.recover_owner(self.owner, self.journal.ends(), told, settle)
+            if brought:
+                self._settle(self.owner, [(claim, _GIVE_BACK) for claim in brought])
             self._unsettled = []
             self.pool.held.clear()
         except OperationalError as exc:

@@ -5143,6 +5143,84 @@ def test_a_chord_without_results_is_an_error_at_the_call(tmp_path):
             sig.delay()
 
 
+MORE = """
+import os, signal, sys
+from tasks import app, add
+
+@app.task
+def tsum(numbers):
+    return sum(numbers)
+
+@app.task
+def echo(value):
+    return value
+
+@app.task(ignore_result=True)
+def quiet(x):
+    return x
+
+@app.task(bind=True)
+def grows(self, wrong):
+    if wrong:
+        try:
+            self.add_to_chord(add.s())
+        except TypeError:
+            return 1
+    self.add_to_chord(add.s(2, 2) if wrong is None else group_of_two())
+    return 1
+
+def group_of_two():
+    from taskq import group
+    return group(add.s(1, 1), add.s(2, 2))
+
+@app.task
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+@app.task
+def leave(request, exc, traceback):
+    sys.exit(3)
+"""
+
+
+@pytest.fixture
+def more(project):
+    """The tasks above, as signatures of the project's app, and a worker that runs them."""
+    project.write("more.py", MORE)
+    project.node = project.worker("-c", 1, app="more")
+    return lambda name, *args: taskq.signature(
+        f"{'tasks' if name == 'add' else 'more'}.{name}", args, app=project.app
+    )
+
+
+def test_what_is_added_to_a_chord_counts_when_it_is_sent_and_a_group_is_one_part(more):
+    assert taskq.chord([more("grows", True)])(more("tsum")).get(timeout=15) == 1
+    assert sorted(taskq.chord([more("grows", None)])(more("echo")).get(timeout=15)) == [1, 4]
+    added = taskq.chord([more("grows", False)])(more("echo")).get(timeout=15)
+    assert sorted(added, key=str) == [1, [2, 4]]
+
+
+def test_an_errback_that_exits_ends_neither_the_worker_nor_the_task(project, more):
+    failed = more("die").apply_async(link_error=more("leave"))
+    with pytest.raises(taskq.WorkerLostError):
+        failed.get(timeout=15)
+    assert project.send("add", 1, 1).get(timeout=15) == 2
+    assert project.node.stop() == 0
+
+
+def test_a_canvas_that_ends_in_a_task_without_a_result_says_so(app):
+    @app.task(name="unit.quiet", ignore_result=True)
+    def quiet(x=0):
+        pass
+
+    @app.task(name="unit.loud")
+    def loud():
+        pass
+
+    with pytest.raises(NotImplementedError, match="it was sent with ignore_result=True"):
+        (loud.s() | quiet.s()).delay().get(timeout=5)
+
+
 # ---------------------------------------------------------------------------------------------
 # 6. Stores: one SQLite file
 # ---------------------------------------------------------------------------------------------
@@ -8588,6 +8666,14 @@ def test_the_last_worker_to_stop_leaves_what_waits_for_its_eta_to_celery(fleet):
     assert node.stop() == 0
     fleet.worker("celery", "-c", 1, "--pool", "solo")
     assert result.get(timeout=20) == "celery"
+
+
+def test_the_result_of_a_part_may_be_a_pickle(server):
+    store = server.store()
+    store.publish([], [("G", 1, redis_delivery("end"))])
+    text = taskq.serialize({"status": "SUCCESS", "result": 1}, "pickle")[2]
+    (end,) = store.put_results([("a", "SUCCESS", text, None)], [("G", 0, "a", None)])
+    assert json.loads(end.text)["headers"]["id"] == "end"
 
 
 def test_celery_calls_the_body_of_a_chord_of_taskqs_if_it_gets_its_end(fleet):
