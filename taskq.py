@@ -3418,10 +3418,7 @@ class Signature(dict):
     def __or__(self, other: Any) -> Any:
         if not isinstance(other, Signature):
             return NotImplemented
-        joined = chain(self, other, app=self._app)
-        if isinstance(self, chain) or not isinstance(joined, chain) or len(joined.tasks) > 1:
-            return joined
-        return joined.tasks[0]  # the other was empty
+        return chain(self, other, app=self._app)
 
     def __ior__(self, other: Any) -> Any:  # a dict's own would change it
         return self | other
@@ -3819,7 +3816,8 @@ class chord(Signature):  # noqa: N801
         """Give every task its id; return the body's result, whose eldest parent is the header's."""
         result = self.body.freeze(_id, root_id=root_id)
         _place(self, place)
-        _lineage(result)[-1].parent = self.tasks.freeze(root_id=root_id)
+        header = _lineage(result)[-1].parent = self.tasks.freeze(root_id=root_id)
+        self.options["task_id"] = header.id  # there Celery looks for the group's id
         return result
 
     def _called(self, args: Any, kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -4406,7 +4404,8 @@ class Task:
         throw = app.conf.task_eager_propagates if throw is None else throw
         args, kwargs = list(args or ()), dict(kwargs or {})
         fields = app._headers(self.name, args, kwargs, options, None)
-        fields.update(callbacks=_listed(get("link")), errbacks=_listed(get("link_error")))
+        for field in ("callbacks", "errbacks"):
+            fields[field] = [_signature_of(link) for link in _listed(get(_EMBEDDED[field]))]
         fields.update(args=args, kwargs=kwargs, headers=get("headers"), hostname=_hostname())
         info = {name: get(name) for name in ("exchange", "routing_key", "priority")}
         info["is_eager"] = True
@@ -5568,7 +5567,7 @@ def _call_errbacks(app: TaskQ, request: Context, exc: Any, traceback: Any) -> No
     for errback in request.errbacks or ():
         sig = maybe_signature(errback, app, True)
         try:
-            if sig.subtask_type is None and _takes_error(app.tasks.get(sig.task)):
+            if sig.subtask_type is None and _takes_error(app.tasks.get(sig.task), sig):
                 sig(request, exc, traceback)
             elif request.is_eager:
                 sig.apply((id,))
@@ -5579,12 +5578,15 @@ def _call_errbacks(app: TaskQ, request: Context, exc: Any, traceback: Any) -> No
             trace_logger.exception("The errback %r of %s raised: %r", sig, id, error)
 
 
-def _takes_error(task: Any) -> bool:
-    """Return whether a task, made of a function that is not bound, takes more than one argument."""
+def _takes_error(task: Any, sig: Any) -> bool:
+    """Return whether a task, made of a function that is not bound, takes more than one argument
+    beside those of its signature."""
     if task is None or not isinstance(vars(type(task)).get("run"), staticmethod):
         return False
     code = task.__header__.__code__
-    return code.co_argcount > 1 or bool(code.co_flags & 0x04)  # *args
+    named = code.co_varnames[: code.co_argcount]
+    left = len(named) - len(sig.args) - len(sig.kwargs.keys() & set(named))
+    return left > 1 or bool(code.co_flags & 0x04)  # *args
 
 
 def execute(app: TaskQ, raw: bytes, hostname: str, begin: Callable[[Any, Context], Any]) -> Outcome:

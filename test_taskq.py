@@ -5208,6 +5208,32 @@ def test_an_errback_that_exits_ends_neither_the_worker_nor_the_task(project, mor
     assert project.node.stop() == 0
 
 
+def test_an_errback_gets_the_id_where_its_signature_has_the_other_arguments(app):
+    seen = []
+
+    @app.task(name="unit.fails")
+    def fails():
+        raise ValueError
+
+    @app.task(name="unit.tagged")
+    def tagged(id, tag):
+        seen.append((id, tag))
+
+    first = fails.apply(link_error=tagged.s("x"))
+    second = fails.apply(link_error=tagged.s(tag="y"))
+    assert seen == [(first.id, "x"), (second.id, "y")]
+    with pytest.raises(TypeError, match="is no signature"):
+        fails.apply(link_error=tagged)
+
+
+def test_a_task_followed_by_an_empty_group_is_still_sent_when_called(app):
+    @app.task(name="unit.one")
+    def one():
+        raise AssertionError("it ran here")
+
+    assert isinstance((one.s() | taskq.group([]))(), taskq.AsyncResult)
+
+
 def test_a_canvas_that_ends_in_a_task_without_a_result_says_so(app):
     @app.task(name="unit.quiet", ignore_result=True)
     def quiet(x=0):
@@ -8674,6 +8700,14 @@ def test_the_result_of_a_part_may_be_a_pickle(server):
     text = taskq.serialize({"status": "SUCCESS", "result": 1}, "pickle")[2]
     (end,) = store.put_results([("a", "SUCCESS", text, None)], [("G", 0, "a", None)])
     assert json.loads(end.text)["headers"]["id"] == "end"
+
+
+def test_celery_alone_runs_a_chain_with_a_chord_that_taskq_has_sent(fleet):
+    task = functools.partial(taskq.signature, app=fleet.app)
+    both = taskq.group([task("fleet.add", (1,)), task("fleet.add", (2,))])
+    result = (task("fleet.add", (1, 1)) | both | task("fleet.gather", ("x.log",))).delay()
+    fleet.worker("celery", "-c", 1, "--pool", "solo")
+    assert result.get(timeout=20) == [3, 4]
 
 
 def test_celery_calls_the_body_of_a_chord_of_taskqs_if_it_gets_its_end(fleet):
