@@ -1601,7 +1601,10 @@ class SQLiteStore(Store):
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             connection = sqlite3.connect(
-                path or ":memory:", self._timeout, isolation_level=None, check_same_thread=False
+                path or ":memory:",
+                timeout=self._timeout,
+                isolation_level=None,
+                check_same_thread=False,
             )
             self._open.append(connection)
             while True:
