@@ -19,7 +19,7 @@ Start a worker with `python taskq.py -A tasks worker`, then call the task from a
 
 How a task flows:
 
-    producer                  store (one SQLite file)                worker
+    producer                  store (an SQLite file, or Redis)       worker
     add.delay(2, 2)
       -> Message -> publish ───────► queue
                                        │ claim a batch, under the worker's number
@@ -1341,6 +1341,15 @@ if TYPE_CHECKING:
 StaleClaim = _error("StaleClaim", "A claim to settle is no longer its worker's.", Exception)
 
 
+def _topic_matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
+    """Return whether the words of a topic pattern (media, *, #) match those of a routing key."""
+    if not pattern:
+        return not key
+    if pattern[0] == "#":
+        return _topic_matches(pattern[1:], key) or bool(key) and _topic_matches(pattern, key[1:])
+    return bool(key) and pattern[0] in ("*", key[0]) and _topic_matches(pattern[1:], key[1:])
+
+
 # mypy: disable-error-code=empty-body
 class Store:
     """What a broker that also keeps results must do. Nothing above knows SQL, nothing below tasks.
@@ -1427,6 +1436,15 @@ class Store:
 
     def bindings(self, exchange: str) -> list[tuple[str, str, str]]:
         """Return the (kind, routing key, queue) bindings of an exchange."""
+
+    def bound(self, exchange: str, routing_key: str) -> list[str]:
+        """Return the queues that an exchange brings messages with this routing key to."""
+        words, found = routing_key.split("."), {}
+        for kind, pattern, queue in self.bindings(exchange):
+            is_topic = kind == "topic" and _topic_matches(pattern.split("."), words)
+            if is_topic or kind == "fanout" or pattern == routing_key:
+                found[queue] = True
+        return list(found)
 
     def purge(self, queue: str) -> int:
         """Delete the messages that wait in a queue, due or not; return how many."""
@@ -2568,19 +2586,11 @@ class RedisStore(Store):
                 else:
                     message, exchange, queue = json.loads(raw)
                     raw = json.dumps(message).encode()
-                    queue = self._bound(exchange, queue) if exchange else queue
+                    queue = next(iter(self.bound(exchange, queue) if exchange else ()), queue)
                 priority = message["properties"].get("priority") or 0
             number = int(ticket) if ticket.isdigit() else 0
             found.append(Claim(tag, number, queue, priority, raw))
         return found
-
-    def _bound(self, exchange: str, routing_key: str) -> str:
-        """Return a queue that an exchange brings this message to."""
-        for kind, key, queue in self.bindings(exchange):
-            pattern = _topic_pattern(key) if kind == "topic" else re.escape(key) + "$"
-            if re.match(pattern, routing_key):
-                return queue
-        return routing_key
 
     def _reconcile(self, owner: int, holder: _Holder) -> None:
         """After a lost reply: find out whether the settlement was applied, and give back what it
@@ -2666,11 +2676,10 @@ def _state_of(text: bytes) -> tuple[str, str]:
     """Return (state, meta text) of a result, JSON or a pickle: that is read here, not loaded."""
     if text.startswith(b"{"):
         return json.loads(text).get("status", "SAVED"), text.decode()
-    import base64
     import pickletools
 
     names = [value for _, value, _ in pickletools.genops(text) if isinstance(value, str)]
-    return names[names.index("status") + 1], base64.b64encode(text).decode()
+    return names[names.index("status") + 1], _encode_base64(text)
 
 
 def _topic_pattern(key: str) -> str:
@@ -3509,15 +3518,16 @@ class Signature(dict):
 def _joined(tasks: Iterable[Any]) -> list[Any]:
     """Return the steps of a chain of these: a group that is followed by another step becomes a
     chord, a chord takes it as the continuation of its body. So only the last is ever composed."""
-    steps: list[Any] = []
-    for step in (step for task in tasks for step in task._steps()):
-        last = steps[-1] if steps else None
-        if isinstance(last, group):
-            steps[-1] = chord(last, body=step, app=last._app)
-        elif isinstance(last, chord):
-            last.body = last.body | step
-        else:
-            steps.append(step)
+    steps = [step for task in tasks for step in task._steps()]
+    for index, step in enumerate(steps[:-1]):
+        if isinstance(step, (group, chord)):
+            rest = chain(*steps[index + 1 :], app=step._app)
+            rest = rest if not isinstance(rest, chain) or len(rest.tasks) > 1 else rest.tasks[0]
+            if isinstance(step, group):
+                step = chord(step, body=rest, app=step._app)
+            else:
+                step.body = step.body | rest
+            return [*steps[:index], step]
     return steps
 
 
@@ -3820,6 +3830,8 @@ class chord(Signature):  # noqa: N801
         result = self.body.freeze(_id, root_id=root_id)
         _place(self, place)
         header = _lineage(result)[-1].parent = self.tasks.freeze(root_id=root_id)
+        for part in header._flat():
+            part.ignored = False  # the body needs it
         self.options["task_id"] = header.id  # there Celery looks for the group's id
         return result
 
@@ -4003,15 +4015,6 @@ class Queue(collections.namedtuple("Queue", "name exchange routing_key")):
         return super().__new__(cls, name, exchange, routing_key)
 
 
-def _topic_matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
-    """Return whether the words of a topic pattern (media, *, #) match those of a routing key."""
-    if not pattern:
-        return not key
-    if pattern[0] == "#":
-        return _topic_matches(pattern[1:], key) or bool(key) and _topic_matches(pattern, key[1:])
-    return bool(key) and pattern[0] in ("*", key[0]) and _topic_matches(pattern[1:], key[1:])
-
-
 class Router:
     """Says which queues a task goes to, by `task_queues`, `task_routes` and what the call asks."""
 
@@ -4074,15 +4077,11 @@ class Router:
         if not self._bound:
             self.bind(self.queues.values())
             self._bound = True
-        found = {}
-        for kind, pattern, queue in self.app.store.bindings(exchange):
-            is_topic = kind == "topic" and _topic_matches(pattern.split("."), key.split("."))
-            if is_topic or kind == "fanout" or pattern == key:
-                found[queue] = True
+        found = self.app.store.bound(exchange, key)
         if not found:
             where = f"exchange {exchange!r} with routing key {key!r}"
             raise QueueNotFound(f"no queue is bound to {where}: list it in task_queues")
-        return list(found), exchange, key
+        return found, exchange, key
 
     def bind(self, queues: Iterable[Queue]) -> None:
         """Make the bindings of these queues known to the store."""
@@ -5791,6 +5790,8 @@ def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
 
 #: Names of Celery's that this version of taskq does not have yet.
 crontab, schedule, solar = (functools.partial(_refuse, n) for n in ("crontab", "schedule", "solar"))
+
+
 # ---------------------------------------------------------------------------------------------
 # 11. Pools
 # ---------------------------------------------------------------------------------------------
@@ -6693,6 +6694,8 @@ class Worker:
                 worker_logger.warning("An outcome was dropped: %s", exc)
                 return []
             ((claim, outcome),) = finished
+            if outcome.verb == "reject":  # even that cannot be kept: it is not about the task
+                raise OperationalError(str(exc)) from None
             end = Outcome("reject", [], [], f"it cannot be settled: {exc}", 0.0)
             if outcome.runtime:  # it has run: say how it ends
                 end = lost(self.app, claim, exc, again=False)

@@ -5234,6 +5234,12 @@ def test_a_task_followed_by_an_empty_group_is_still_sent_when_called(app):
     assert isinstance((one.s() | taskq.group([]))(), taskq.AsyncResult)
 
 
+def test_the_parts_of_a_chord_have_results_even_of_tasks_that_keep_none(project, more):
+    code = "from more import *; from taskq import chord; r = chord([quiet.s(3)])(tsum.s()); "
+    done = project.run("-c", code + "print(r.get(timeout=15), r.parent.get(timeout=15))")
+    assert done.stdout == "3 [3]\n", done.stderr
+
+
 def test_a_canvas_that_ends_in_a_task_without_a_result_says_so(app):
     @app.task(name="unit.quiet", ignore_result=True)
     def quiet(x=0):
@@ -8700,6 +8706,18 @@ def test_the_result_of_a_part_may_be_a_pickle(server):
     text = taskq.serialize({"status": "SUCCESS", "result": 1}, "pickle")[2]
     (end,) = store.put_results([("a", "SUCCESS", text, None)], [("G", 0, "a", None)])
     assert json.loads(end.text)["headers"]["id"] == "end"
+
+
+def test_a_worker_that_cannot_even_keep_a_rejected_message_waits_until_it_can(fleet):
+    client = fleet.server.client
+    client.set("taskq.rejected", "mine")
+    client.lpush("celery", "garbage")
+    node = fleet.worker("taskq", "-c", 1)
+    node.wait_log("The store cannot be used: the Redis key 'taskq.rejected' is not a list: rename")
+    client.delete("taskq.rejected")
+    wait_for(lambda: client.llen("taskq.rejected") == 1)
+    assert fleet.send("who").get(timeout=20) == "taskq"
+    assert node.stop() == 0
 
 
 def test_celery_alone_runs_a_chain_with_a_chord_that_taskq_has_sent(fleet):
