@@ -41,10 +41,12 @@ had not begun goes back to its queue.
 
 The file reads from top to bottom, and each section uses only those above it:
 
-    1. States and errors   5. Signals    9. Task and app   13. Background worker
-    2. Serialization       6. Stores    10. Execution      14. Command line
-    3. Settings            7. Results   11. Pools          15. Public names
-    4. Messages            8. Canvas    12. Worker
+    1. States and errors   7. Results       13. Pools              19. Monitors
+    2. Serialization       8. Canvas        14. Remote control     20. Command line
+    3. Settings            9. Task and app  15. Worker             21. Public names
+    4. Messages           10. Execution     16. Background worker
+    5. Signals            11. Events        17. Beat
+    6. Stores             12. Schedules     18. Daemons, multi
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ if __name__ == "__main__":
         _root, _name = os.path.dirname(_file), _name.rpartition(".")[2]
     # In a new interpreter: this one keeps the 13 MB that it took to compile the file.
     _path = f"sys.path[:] = [{_root!r}] + [p for p in sys.path if p]"
-    _code = f"import sys; {_path}; from {_name} import main; sys.exit(main())"
+    _code = f"import sys; sys.argv[0] = {_file!r}; {_path}; "
+    _code += f"from {_name} import main; sys.exit(main())"
     _flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     _argv = [sys.executable, *_flags, "-c", _code, *sys.argv[1:]]
     if os.name == "nt":  # there exec returns to the shell at once
@@ -102,6 +105,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import mmap
 import re
 import reprlib
@@ -135,6 +139,8 @@ __version__ = "0.1.0"
 # 1. States and errors
 # ---------------------------------------------------------------------------------------------
 
+_unset: Any = None  # an attribute of any type
+
 PENDING = "PENDING"  # it waits, or is unknown: the two cannot be told apart
 RECEIVED = "RECEIVED"  # a worker has it (only in events)
 STARTED = "STARTED"  # it runs (only with `track_started`)
@@ -151,7 +157,7 @@ EXCEPTION_STATES = frozenset({RETRY, FAILURE, REVOKED})
 PROPAGATE_STATES = frozenset({FAILURE, REVOKED})
 ALL_STATES = frozenset({PENDING, RECEIVED, STARTED, SUCCESS, FAILURE, RETRY, REVOKED})
 
-#: From the state that says most of a task to the one that says least; None stands for own states.
+#: From the state that says most of a task to the one that says least; None is any own state.
 PRECEDENCE = [SUCCESS, FAILURE, None, REVOKED, STARTED, RECEIVED, REJECTED, RETRY, PENDING]
 
 
@@ -184,37 +190,34 @@ ChordError = _error("ChordError", "A part of a chord's header failed.", TaskErro
 WorkerLostError = _error("WorkerLostError", "The process that ran the task died.", Exception)
 WorkerTerminate = _error("WorkerTerminate", "Stops a worker's main process at once.", SystemExit)
 Ignore = _error("Ignore", "Raised in a task to leave its state as it is.", TaskPredicate)
-BackendError = _error("BackendError", "Celery's name.", Exception)
+IncompleteStream = _error("IncompleteStream", "A result has no end yet.", TaskError)
+#: Its arguments: the text that the user sees, and the exit status (2 by default).
+CommandError = _error("CommandError", "A command that cannot be done.", Exception)
 
 #: Names of Celery's that taskq itself does not raise: they are there to import and to catch.
-for _base, _words in {
-    TaskError: "IncompleteStream AlreadyRegistered",
-    CeleryError: "SecurityError",
-    Exception: "Terminated CeleryCommandException",
-    BackendError: "BackendGetMetaError BackendStoreError",
-    CeleryWarning: "NotConfigured SecurityWarning FixupWarning DuplicateNodenameWarning "
-    "DuplicateTaskNameWarning",
-    DeprecationWarning: "CDeprecationWarning",
-    PendingDeprecationWarning: "CPendingDeprecationWarning",
-    SystemExit: "WorkerShutdown",
-}.items():
+CDeprecationWarning, CPendingDeprecationWarning = DeprecationWarning, PendingDeprecationWarning
+BackendError = _error("BackendError", "Celery's name.", Exception)
+for _base, _words in (
+    (TaskError, "AlreadyRegistered"),
+    (CeleryError, "SecurityError"),
+    (Exception, "Terminated CeleryCommandException"),
+    (SystemExit, "WorkerShutdown"),
+    (BackendError, "BackendGetMetaError BackendStoreError"),
+    (CeleryWarning, "NotConfigured SecurityWarning FixupWarning"),
+    (CeleryWarning, "DuplicateNodenameWarning DuplicateTaskNameWarning"),
+):
     for _name in _words.split():
         globals()[_name] = _error(_name, "Celery's name.", _base)
 
 
 class Retry(TaskPredicate):
-    """The task will run again, `when` is seconds or a datetime: raised by `Task.retry`, because of
-    the error `exc`, with the signature `sig` sent."""
+    """The task will run again, `when` is seconds or a datetime, because of the error `exc`: raised
+    by `Task.retry`, which has sent the signature `sig`."""
 
-    def __init__(
-        self,
-        message: str | None = None,
-        exc: Any = None,
-        when: Any = None,
-        is_eager: bool = False,
-        sig: Any = None,
-    ) -> None:
-        self.message, self.when, self.is_eager, self.sig = message, when, is_eager, sig
+    sig = _unset
+
+    def __init__(self, message: Any = None, exc: Any = None, when: Any = None) -> None:
+        self.message, self.when = message, when
         self.exc = None if isinstance(exc, str) else exc
         self.excs: Any = exc if isinstance(exc, str) else exc and _repr(exc)
         super().__init__(message, exc, when)
@@ -305,12 +308,11 @@ def _parse_time(text: str) -> datetime:
     return datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith("Z") else text)
 
 
+_decode_base64 = functools.partial(base64.b64decode, validate=True)
+
+
 def _encode_base64(value: bytes) -> str:
     return base64.b64encode(value).decode()
-
-
-def _decode_base64(text: str) -> bytes:
-    return base64.b64decode(text.encode(), validate=True)
 
 
 #: What JSON does not know: by Celery's name the type, how it is written and how it is read. The
@@ -328,8 +330,6 @@ _RICH_TYPES: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] 
 
 def _encode_rich(value: Any) -> Any:
     """Return what JSON writes for a value that it does not know; TypeError if there is none."""
-    if hasattr(value, "__json__"):
-        return value.__json__()
     for name, (cls, write, _) in _RICH_TYPES.items():
         if isinstance(value, cls) and (cls is not object or type(value).__name__ == "UUID"):
             with contextlib.suppress(UnicodeDecodeError):  # bytes that are no text
@@ -353,9 +353,9 @@ _read_plain = json.JSONDecoder().raw_decode
 _read_rich = json.JSONDecoder(object_hook=_decode_rich).raw_decode
 
 
-def _json_decode(text: str) -> Any:
+def _json_decode(text: str | bytes) -> Any:
     """Return what JSON text stands for; the hook, called for each object, only where it matters."""
-    text = text.strip()
+    text = (text.decode() if isinstance(text, bytes) else text).strip()
     is_rich = '"__type__"' in text or '"subtask_type"' in text
     value, end = (_read_rich if is_rich else _read_plain)(text)
     if end < len(text):
@@ -400,8 +400,8 @@ def deserialize(text: str, content_type: str, accept: Collection[str]) -> Any:
 
 def _names(items: Iterable[str]) -> str:
     """Return names as in "'json' and 'pickle'"."""
-    quoted = [repr(item) for item in items]
-    return " and ".join([", ".join(quoted[:-1]), quoted[-1]] if len(quoted) > 1 else quoted)
+    *most, last = map(repr, items)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 #: The modules of Celery's errors that are not in celery.exceptions: theirs are the names on the
@@ -463,9 +463,16 @@ _RETRY_POLICY = {"max_retries": 3, "interval_start": 0, "interval_max": 1, "inte
 #: Every setting: Celery's name, its default, what it means.
 SETTINGS: dict[str, tuple[Any, str]] = {
     "accept_content": (["json"], "serializers or content types that a worker accepts"),
+    "beat_cron_starting_deadline": (None, "seconds after which a missed run is skipped"),
+    "beat_max_loop_interval": (0, "most seconds between beat's looks; 300 by default"),
+    "beat_schedule": ({}, "what beat sends, and when: {'name': {'task': ..., 'schedule': ...}}"),
+    "beat_schedule_filename": (None, "file for beat's last runs, beside the store"),
     "broker_transport_options": ({}, "options of the store, as in the URL's query"),
     "broker_url": (None, "where messages are kept: sqlite://, memory:// or redis://"),
     "broker_use_ssl": (None, "options of TLS for rediss://, such as {'ssl_ca_certs': 'ca.pem'}"),
+    "control_exchange": ("celery", "name of the exchange for remote control"),
+    "event_exchange": ("celeryev", "name of the exchange for events"),
+    "event_queue_prefix": ("celeryev", "how the names of event receivers' queues begin"),
     "imports": ((), "modules that a worker imports when it starts"),
     "include": ((), "more modules that a worker imports when it starts"),
     "redis_backend_health_check_interval": (None, "seconds after which a connection is tried"),
@@ -492,6 +499,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "task_default_exchange_type": ("direct", "direct, topic or fanout"),
     "task_default_priority": (None, "priority of tasks that name none, 0 (highest) to 9"),
     "task_default_queue": ("celery", "queue of tasks that nothing routes elsewhere"),
+    "task_default_rate_limit": (None, "rate limit of tasks that name none, such as '10/m'"),
     "task_default_routing_key": (None, "routing key of the default queue; its name by default"),
     "task_eager_propagates": (False, "eager tasks raise their errors"),
     "task_ignore_result": (False, "keep no results"),
@@ -501,6 +509,7 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "task_queues": (None, "names or Queue objects that workers serve"),
     "task_reject_on_worker_lost": (None, "a late task whose process died runs again"),
     "task_routes": (None, "where tasks go: dict, pairs, globs, patterns, functions"),
+    "task_send_sent_event": (False, "who calls a task sends the event task-sent"),
     "task_serializer": ("json", "how arguments are written: json or pickle"),
     "task_soft_time_limit": (None, "seconds until SoftTimeLimitExceeded is raised in a task"),
     "task_store_eager_result": (False, "eager tasks keep their results"),
@@ -510,6 +519,8 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "timezone": (None, "name of the local time zone, such as 'Europe/Oslo'; UTC by default"),
     "worker_concurrency": (None, "processes, threads or greenlets; the CPUs by default"),
     "worker_disable_prefetch": (False, "claim a message only when a process is free for it"),
+    "worker_disable_rate_limits": (False, "keep no rate limits"),
+    "worker_enable_remote_control": (True, "answer to inspect and control"),
     "worker_hijack_root_logger": (True, "the worker takes over the root logger"),
     "worker_log_color": (None, "colour in the log; on a terminal by default"),
     "worker_log_format": (_LOG_FORMAT, "format of log lines"),
@@ -520,41 +531,10 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "worker_prefetch_multiplier": (4, "messages that a worker holds for each process"),
     "worker_redirect_stdouts": (True, "print in a task goes to the log"),
     "worker_redirect_stdouts_level": ("WARNING", "at this level"),
+    "worker_send_task_events": (False, "send events of tasks, as -E does"),
+    "worker_state_db": (None, "file in which revokes survive a restart; SQLite needs none"),
     "worker_task_log_format": (_TASK_LOG_FORMAT, "format of log lines of task loggers"),
 }
-
-#: Settings of Celery of which taskq has one value alone: another is an error, not a surprise.
-_ONLY: dict[str, Any] = {
-    **dict.fromkeys(
-        "task_compression result_compression task_default_rate_limit worker_state_db "
-        "broker_read_url broker_write_url broker_failover_strategy security_key "
-        "security_certificate security_cert_store".split()),
-    **dict.fromkeys(
-        "task_remote_tracebacks task_send_sent_event task_retry_on_worker_lost worker_direct "
-        "worker_send_task_events worker_pool_restarts worker_deduplicate_successful_tasks "
-        "beat_enable_remote_control".split(), False),
-    "enable_utc": True, "worker_enable_remote_control": True, "worker_soft_shutdown_timeout": 0.0,
-    "task_protocol": 2, "task_stamps": {}, "beat_schedule": {},
-    "beat_scheduler": "celery.beat:PersistentScheduler",
-}  # fmt: skip
-
-#: Settings of Celery that tune what taskq does not have: leaving them out changes nothing.
-_TUNING = (
-    r"beat_(max_loop|schedule_filename|sync|cron)|control_|event_|security_(digest|key_password)|"
-    r"broker_(channel|connection|heartbeat|login_method|native_delayed|pool_)|"
-    r"redis_(max_connections|retry_on_timeout)|result_(backend_|cache_max|chord_|exchange|persistent)|"
-    r"task_(create_missing_queue_|default_(delivery|queue_type)|queue_max_priority|repr_maxlevels)|"
-    r"worker_(agent|autoscaler|cancel_long|consumer|detect_quorum|disable_rate|enable_soft|"
-    r"enable_prefetch|eta_task|log_datefmt|lost_wait|pool_putlocks|proc_alive|task_log_datefmt|"
-    r"timer)"
-)
-
-#: Settings of what taskq does not have, or takes from the URL, begin like this.
-_FOREIGN = (
-    r"(arangodb|azureblockblob|cache_backend|cassandra|cosmosdbsql|couchbase|database|"
-    r"elasticsearch|gcs|mongodb|s3|redis_(host|port|db|username|password)|"
-    r"broker_(host|port|user|password|vhost|transport))(_|$)(?!options)"
-)
 
 
 def _is_number(value: Any) -> bool:
@@ -565,11 +545,19 @@ def _zone(value: Any) -> Any:
     """Return the tzinfo of a setting: a name, a tzinfo, or None for UTC."""
     if value in (None, "UTC", "utc"):
         return timezone.utc
-    if not isinstance(value, str):
-        return value
     import zoneinfo
 
-    return zoneinfo.ZoneInfo(value)
+    return zoneinfo.ZoneInfo(value) if isinstance(value, str) else value
+
+
+def _rate(limit: Any) -> float:
+    """Return a rate limit as tasks a second; 0: none."""
+    amount, _, unit = str(limit or 0).partition("/")
+    with contextlib.suppress(ValueError, KeyError):
+        rate = float(amount) / {"s": 1, "m": 60, "h": 3600, "": 1}[unit]
+        if 0 <= rate < math.inf:
+            return rate
+    raise ValueError(f"rate limit {limit!r}: expected '10/m', '5/s', '100/h' or a number a second")
 
 
 _POOLS = ("prefork", "processes", "threads", "gevent", "eventlet", "solo")
@@ -587,15 +575,30 @@ _VALUES: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     (".*_start_method", ("fork", "spawn").__contains__, "'fork' and 'spawn'"),
     ("task_queues", lambda value: not isinstance(value, str), "a list of names or Queue objects"),
     (".*_expires", lambda v: isinstance(v, timedelta) or _is_number(v), "seconds or a timedelta"),
-    (".*_time_limit|redis_.*(timeout|interval)", _is_number, "seconds"),
-    (".*_(use_ssl|options)", lambda v: not v or isinstance(v, dict), "a dict of options"),
+    (".*_time_limit|(redis|beat)_.*(timeout|interval|deadline)", _is_number, "seconds"),
+    (".*_(use_ssl|options|schedule)", lambda v: not v or isinstance(v, dict), "a dict"),
+    (".*_rate_limit", _rate, "'10/m', '5/s', '100/h' or a number a second"),
     (".*(_per_child|_multiplier)", lambda v: _is_number(v) and v >= 0, "a number"),
 )
 
-
-def _is_setting(name: str) -> bool:
-    """Return whether Celery has a setting of this name that an app may have too."""
-    return name in SETTINGS or name in _ONLY or re.match(_TUNING, name) is not None
+#: The same of what Celery has and taskq does not: to ask for it is an error, not a surprise. (What
+#: else Celery has tunes what is not there: it is kept like an app's own settings.)
+_ABSENT: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+    (
+        "((arangodb|azureblockblob|cache_backend|cassandra|cosmosdbsql|couchbase|database|gcs|"
+        "elasticsearch|mongodb|s3|redis_(host|port|db|username|password)|"
+        "broker_(host|port|user|password|vhost|transport))(_.*)?)|security_.*|"
+        "broker_((read|write)_url|failover_strategy)|beat_enable_remote_control|"
+        "(task|result)_compression|task_(remote_tracebacks|retry_on_worker_lost|stamps)|"
+        "worker_(direct|pool_restarts|deduplicate_successful_tasks|soft_shutdown_timeout)",
+        lambda value: not value,
+        "nothing: taskq does not have it",
+    ),
+    ("beat_scheduler", {"celery.beat:PersistentScheduler"}.__contains__, "to be left out"),
+    ("enable_utc", {True}.__contains__, "True"),
+    ("task_(default|create_missing)_queue_type", {"classic"}.__contains__, "'classic'"),
+    ("task_protocol", {2}.__contains__, "2"),
+)
 
 
 def _hint(name: str, known: Iterable[str], cutoff: float = 0.84) -> str:
@@ -611,18 +614,17 @@ class Settings(dict):
 
     All of SETTINGS are there with their defaults. Own names are kept; one that is close to a
     known name, and a setting of Celery that taskq cannot honour, is an ImproperlyConfigured.
-    `changed` has those that were set; `version` counts changes, for what is derived from them.
+    `changed` has those that were set, `loaded` their names where a configuration source did that;
+    `made` is anew for what is made of them after each change.
     """
 
     def __init__(self) -> None:
         super().__init__({name: default for name, (default, _) in SETTINGS.items()})
-        self.__dict__.update(changed={}, version=0)
+        self.__dict__.update(changed={}, loaded=set(), made={})
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
             return self[name]
-        if _is_setting(name):
-            return _ONLY.get(name)
         raise AttributeError(f"no setting {name!r}{_hint(name, SETTINGS)}")
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -637,7 +639,8 @@ class Settings(dict):
             self._check(*item)
         super().update(new)
         self.changed.update(new)
-        self.__dict__["version"] += 1
+        self.loaded.difference_update(new)
+        self.__dict__["made"] = {}
 
     def setdefault(self, name: str, default: Any = None) -> Any:
         """Set `name` unless the app has set it; return what it is now."""
@@ -647,28 +650,21 @@ class Settings(dict):
 
     def _check(self, name: str, value: Any) -> None:
         """Raise ImproperlyConfigured for a setting that cannot be, or cannot have this value."""
-        given = f"setting {name!r} = {_repr(value, 60)}"
-        if name in SETTINGS:
-            if value is None or value == SETTINGS[name][0]:
-                return
-            for names, test, expected in _VALUES:
-                if re.fullmatch(names, name):
-                    with contextlib.suppress(Exception):
-                        if test(value) is not False:
-                            continue
-                    raise ImproperlyConfigured(f"{given}: expected {expected}")
-        elif name in _ONLY:
-            only = _ONLY[name]
-            if (value or only) and (value != only or type(value) is not type(only)):
-                raise ImproperlyConfigured(f"{given}: taskq has only {only!r}; leave it out")
-        elif re.match(_FOREIGN, name):
-            raise ImproperlyConfigured(f"setting {name!r}: leave it out, or put it into the URL")
-        elif not re.match(_TUNING, name):
-            old = re.sub("^celeryd?_", "", name.lower()) if name.isupper() else ""
-            todays = (n for n in SETTINGS if old in (n, re.sub("^(task|worker|result)_", "", n)))
-            hint = _hint(next(todays, name), SETTINGS)
-            if hint:
-                raise ImproperlyConfigured(f"unknown setting {name!r}{hint}")
+        is_known = name in SETTINGS
+        if is_known and (value is None or value == SETTINGS[name][0]):
+            return
+        for names, test, expected in _VALUES if is_known else _ABSENT:
+            if re.fullmatch(names, name):
+                with contextlib.suppress(Exception):
+                    if test(value) is not False:
+                        return
+                given = f"setting {name!r} = {_repr(value, 60)}"
+                raise ImproperlyConfigured(f"{given}: expected {expected}")
+        old = re.sub("^celeryd?_", "", name.lower()) if name.isupper() else ""
+        todays = (n for n in SETTINGS if old in (n, re.sub("^(task|worker|result)_", "", n)))
+        hint = "" if is_known else _hint(next(todays, name), SETTINGS)
+        if hint:
+            raise ImproperlyConfigured(f"unknown setting {name!r}{hint}")
 
     def load(self, source: Any, namespace: str | None = None) -> None:
         """Take settings from a mapping, module or object.
@@ -686,13 +682,30 @@ class Settings(dict):
                 name = name[len(prefix) :].lower() if prefix else name
                 if name in SETTINGS or not isinstance(value, no_value):
                     found[name] = value
+        found = {k: v for k, v in found.items() if k in self.loaded or k not in self.changed}
         self.update(found)
+        self.loaded.update(found)
+
+    def table(self, with_defaults: bool = False) -> dict[str, Any]:
+        """Return the settings that were set, or all, as JSON can hold them, secrets masked."""
+        secret = re.compile("pass|secret|token|(?<!routing_)key$", re.I)
+
+        def shown(name: str, value: Any) -> Any:
+            if secret.search(name) and value:
+                return "*" * 8
+            if isinstance(value, dict):
+                return {str(key): shown(str(key), each) for key, each in value.items()}
+            if type(value) in (list, tuple, set):
+                return [shown(name, each) for each in value]
+            is_plain = value is None or isinstance(value, (bool, int, float))
+            return value if is_plain else _mask_url(str(value))
+
+        table = self if with_defaults else self.changed
+        return {name: shown(name, value) for name, value in sorted(table.items())}
 
     def humanize(self) -> str:
-        """Return the settings that differ from their defaults, a line each, secrets masked."""
-        secret = re.compile("pass|secret|token|(?<!routing_)key$", re.I)
-        shown = {k: "*" * 8 if secret.search(k) else v for k, v in sorted(self.changed.items())}
-        return "\n".join(f"{name}: {_mask_url(repr(value))}" for name, value in shown.items())
+        """Return the settings that were set, a line each, secrets masked."""
+        return "\n".join(f"{name}: {value!r}" for name, value in self.table().items())
 
     def seconds(self, name: str) -> float | None:
         """Return a setting that is seconds, a timedelta or None, as seconds or None."""
@@ -731,7 +744,7 @@ class Message(collections.namedtuple("Message", "headers properties body content
     def decode(cls, text: str | bytes) -> Message:
         """Return the message in an envelope; MalformedMessage, whatever the bytes, if none is."""
         try:
-            envelope = _json_decode(text.decode() if isinstance(text, bytes) else text)
+            envelope = _json_decode(text)
         except Exception as exc:  # ValueError, RecursionError, ...
             raise MalformedMessage(f"not JSON: {_repr(exc, 120)}") from None
         if not isinstance(envelope, dict):
@@ -812,6 +825,25 @@ _CHECKS: tuple[tuple[str, int, str | None, bool, Callable[[Any], Any]], ...] = (
 )
 
 
+def encode_post(exchange: str, routing_key: str, body: Any, headers: Any = None) -> str:
+    """Return the text of a message that is no task: a command, its reply, an event. body: what JSON
+    can hold."""
+    info = {"exchange": exchange, "routing_key": routing_key}
+    properties = {"delivery_mode": 1, "delivery_tag": uuid(), "delivery_info": info, "priority": 0}
+    text = _json_encode(body)
+    return Message(headers or {}, properties, text, CONTENT_TYPES["json"], "utf-8").encode()
+
+
+def decode_post(text: str | bytes) -> tuple[Any, dict[str, Any]]:
+    """Return (body, headers) of a message that is no task; MalformedMessage if it is none."""
+    try:
+        headers, properties, body, *_ = map(_json_decode(text).get, _ENVELOPE)
+        is_base64 = properties.get("body_encoding") == "base64"
+        return _json_decode(_decode_base64(body) if is_base64 else body), headers or {}
+    except Exception as exc:
+        raise MalformedMessage(f"{_repr(exc, 120)} in {_repr(text, 200)}") from None
+
+
 #: What a producer hands to a store: `due` is seconds since the epoch, or None for now; `text` an
 #: encoded Message.
 Delivery = collections.namedtuple("Delivery", "queue priority due text")
@@ -819,9 +851,9 @@ Delivery = collections.namedtuple("Delivery", "queue priority due text")
 #: What came of one message; all of it is settled in one transaction.
 #: verb: 'ack', 'requeue' or 'reject' (kept for inspection). publish: deliveries that follow.
 #: reason: why, of 'reject'; the new text, of 'requeue'. runtime: in seconds. results, chords,
-#: parts: rows for `Store.put_results` and `publish`.
+#: parts: rows for `Store.put_results` and `publish`. events: (type, fields) pairs to send.
 Outcome = collections.namedtuple(
-    "Outcome", "verb results publish reason runtime chords parts", defaults=((), ())
+    "Outcome", "verb results publish reason runtime chords parts events", defaults=((), (), ())
 )
 
 
@@ -845,31 +877,22 @@ class Signal:
         self.receivers: dict[tuple[Any, Any], Callable[[], Any]] = {}  # (key, sender): reference
 
     def connect(self, receiver: Any = None, sender: Any = None, **options: Any) -> Any:
-        """Call `receiver(signal=, sender=, **named)` from now on, of one `sender` or of all.
-
-        Also a decorator. Options: `weak`; `dispatch_uid`, of which there is one receiver.
-        """
+        """Call `receiver(signal=, sender=, **named)` from now on, of one `sender` or of all; also a
+        decorator. Options: `weak`; `dispatch_uid`, of which there is one receiver."""
         if not callable(receiver):
             return functools.partial(self.connect, sender=sender or receiver, **options)
-        reference: Any = lambda: receiver  # noqa: E731
-        if options.get("weak", True):
-            is_method = hasattr(receiver, "__func__")
-            reference = (weakref.WeakMethod if is_method else weakref.ref)(receiver)
+        kind: Any = weakref.WeakMethod if hasattr(receiver, "__func__") else weakref.ref
+        reference = kind(receiver) if options.get("weak", True) else lambda: receiver
         alive = {key: ref for key, ref in self.receivers.items() if ref() is not None}
-        alive.setdefault(self._key(receiver, sender, options), reference)
+        alive.setdefault((options.get("dispatch_uid") or hash(receiver), sender), reference)
         self.receivers = alive  # a new one, for those who are sending just now
         return receiver
 
     def disconnect(self, receiver: Any = None, sender: Any = None, **options: Any) -> bool:
         """Stop calling a receiver; return whether it was connected."""
-        gone = self._key(receiver, sender, options)
-        was_there = gone in self.receivers
-        self.receivers = {key: ref for key, ref in self.receivers.items() if key != gone}
-        return was_there
-
-    def _key(self, receiver: Any, sender: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        parts = getattr(receiver, "__self__", None), getattr(receiver, "__func__", receiver)
-        return options.get("dispatch_uid") or tuple(map(id, parts)), sender
+        gone, before = (options.get("dispatch_uid") or hash(receiver), sender), self.receivers
+        self.receivers = {key: ref for key, ref in before.items() if key != gone}
+        return gone in before
 
     def send(self, sender: Any = None, **named: Any) -> list[tuple[Any, Any]]:
         """Call every receiver; return (receiver, what it returned or raised) pairs."""
@@ -918,6 +941,8 @@ worker_shutting_down = Signal("worker_shutting_down", "sig how exitcode")
 worker_shutdown = Signal("worker_shutdown")
 worker_process_init = Signal("worker_process_init")
 worker_process_shutdown = Signal("worker_process_shutdown", "pid exitcode")
+beat_init = Signal("beat_init")
+beat_embedded_init = Signal("beat_embedded_init")
 _LOGGING = "loglevel logfile format colorize"
 setup_logging = Signal("setup_logging", _LOGGING)
 after_setup_logger = Signal("after_setup_logger", "logger " + _LOGGING)
@@ -937,8 +962,8 @@ class Bell:
 
     Its owner says with `listen` what it wants to hear of, dozes, looks in the store a last time,
     and waits. Others see its state and topics in a small mapped file, at no cost while nobody
-    sleeps, and wake it by a byte into a FIFO beside that. Without a path it works within the
-    process; `mine` is False for another process's bell, seen from here.
+    sleeps, and wake it by a byte into a FIFO beside that. Without a path, where there are no FIFOs,
+    it looks around often instead; `mine` is False for another process's bell, seen from here.
     """
 
     #: The state's 8 bytes, then one for each hash of a topic: whether the owner listens.
@@ -950,42 +975,49 @@ class Bell:
     asleep = property(lambda bell: bell._flag[0] > bell.NAP)
     #: Whether the owner neither sleeps nor naps.
     awake = property(lambda bell: bell._flag[0] == bell.AWAKE)
-    _places: Sequence[int] = ()
+    _places: frozenset[int] | set[int] = frozenset()
     _rung = False  # whether the last wait ended with a ring: then the next may soon come
 
-    def __init__(self, path: str | None = None, mine: bool = True, polls: bool = False) -> None:
+    def __init__(self, path: str | None, mine: bool = True) -> None:
         self.path = path
         self.pid = os.getpid() if mine else 0
-        self._fds: list[int] = []  # the first to read from, if it is ours; the last to write to
+        self._fds: list[int] = []  # the FIFO, once it is open
         #: Removes the files; happens by itself when nobody has the bell any more.
         self.close = weakref.finalize(self, _close_bell, path, self.pid, self._fds)
-        if path is None:
-            self._fds += () if polls else os.pipe()
-        elif mine:
+        if path and mine:
             os.mkfifo(path + ".fifo", 0o600)
             self._fds.append(os.open(path + ".fifo", os.O_RDWR | os.O_NONBLOCK))
-        self._map = _mapped(path and path + ".bell", self.SIZE if mine else 0)
+        size = self.SIZE if mine else 0
+        self._map = _mapped(path + ".bell", size) if path else mmap.mmap(-1, size)
         self._flag = memoryview(self._map)[:8].cast("Q")
 
     def listen(self, topics: Iterable[str]) -> None:
         """Hear of these topics, and of no others."""
-        for place in self._places:
-            self._map[place] = 0
-        self._places = [_topic_place(topic) for topic in topics]
-        for place in self._places:
-            self._map[place] = 1
+        before, self._places = self._places, {_topic_place(topic) for topic in topics}
+        for place in self._places ^ before:
+            self._map[place] = place in self._places
 
-    def hears(self, place: int) -> bool:
-        """Return whether the owner sleeps, and listens at this place."""
-        return self._flag[0] == self.HEARS and self._map[place]
+    def post(self, topic: str) -> None:
+        """Say that there is post about a topic, and wake the owner, even a deaf one."""
+        self._map[_topic_place(topic)] = 2
+        if self.asleep:
+            self.ring()
+
+    def has_post(self, topic: str) -> bool:
+        """Return whether there is post since this was asked last; True if nobody can ring."""
+        place = _topic_place(topic)
+        has = self._map[place] == 2
+        if has:
+            self._map[place] = 1
+        return has or not self._fds
 
     def ring(self) -> bool:
         """Wake the owner, also from a signal handler or a child of it; False if it is gone."""
         self._flag[0] = self.AWAKE
         try:
-            if not self._fds and self.path is not None:
+            if self.path and not self._fds:
                 self._fds.append(os.open(self.path + ".fifo", os.O_WRONLY | os.O_NONBLOCK))
-            return not self._fds or bool(os.write(self._fds[-1], b"\0"))
+            return not self.path or bool(os.write(self._fds[0], b"\0"))
         except OSError as exc:
             return isinstance(exc, BlockingIOError)  # full of rings; else nobody reads there
 
@@ -1025,9 +1057,8 @@ def _close_bell(path: str | None, pid: int, fds: list[int]) -> None:
 class Bells:
     """The bells of one store, of this `kind`: opens those of this process, rings those of all."""
 
-    def __init__(self, folder: str | None, kind: Callable[..., Bell] = Bell) -> None:
-        self.folder = folder
-        self._kind = kind
+    def __init__(self, folder: str, kind: Callable[..., Bell] = Bell) -> None:
+        self.folder, self._kind = folder, kind
         self._spare: list[Bell] = []
         self._known: list[Bell] = []  # those to ring
         self._seen = 0  # the directory's time when `_known` was read
@@ -1038,12 +1069,9 @@ class Bells:
             return self._spare.pop()
         for _ in range(3):  # others may remove an empty directory, or a FIFO that is not open yet
             with contextlib.suppress(OSError, AttributeError):  # or there may be no FIFOs
-                if self.folder is not None:
-                    os.makedirs(self.folder, 0o700, exist_ok=True)
-                    return self._kind(os.path.join(self.folder, os.urandom(8).hex()))
-        bell = self._kind(polls=self.folder is not None or not hasattr(os, "mkfifo"))
-        self._known = [*self._known, bell]
-        return bell
+                os.makedirs(self.folder, 0o700, exist_ok=True)
+                return self._kind(os.path.join(self.folder, os.urandom(8).hex()))
+        return self._kind(None)
 
     def close(self, bell: Bell) -> None:
         """Take back a bell of this process, for its next sleeper."""
@@ -1052,10 +1080,8 @@ class Bells:
 
     def clear(self) -> None:
         """Give up the bells that nobody uses, and their files."""
-        spare, self._spare = self._spare, []
-        self._known = [bell for bell in self._known if bell not in spare]
-        for bell in spare:
-            bell.close()
+        while self._spare:
+            self._spare.pop().close()
 
     def ring(self, queues: Iterable[str], ids: Iterable[str] = ()) -> None:
         """Wake for each queue the first sleeper who listens, and for each result all who do."""
@@ -1064,13 +1090,19 @@ class Bells:
         for topic in topics if bells else ():
             place = _topic_place(topic)
             for bell in bells:
-                if bell.hears(place) and bell.ring() and topic.startswith("q"):
+                hears = bell._flag[0] == bell.HEARS and bell._map[place]
+                if hears and bell.ring() and topic.startswith("q"):
                     break
+
+    def listeners(self, topic: str) -> list[Bell]:
+        """Return the bells that listen to a topic, asleep or not."""
+        place = _topic_place(topic)
+        return [bell for bell in self._scan() if bell._map[place]]
 
     def _scan(self) -> list[Bell]:
         """Return the bells to ring; the run directory is read anew if it has changed."""
         with contextlib.suppress(OSError):  # nobody has ever slept
-            changed = os.stat(self.folder).st_mtime_ns if self.folder else self._seen
+            changed = os.stat(self.folder).st_mtime_ns
             if changed != self._seen:
                 known, found = {bell.path: bell for bell in self._known}, []
                 for path in _paths(self.folder, ".bell"):
@@ -1115,10 +1147,8 @@ def _create(path: str) -> Any:
     return open(path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600))
 
 
-def _mapped(path: str | None, size: int = 0) -> Any:
-    """Map a file, made anew if a size is given; or memory, without a path."""
-    if path is None:
-        return mmap.mmap(-1, size)
+def _mapped(path: str, size: int = 0) -> Any:
+    """Map a file, made anew if a size is given."""
     if size:  # others shall not see it without its size
         with _create(path + ".new") as file:
             file.truncate(size)
@@ -1133,11 +1163,12 @@ def _unlink(*paths: str) -> None:
             os.unlink(path)
 
 
-def _paths(folder: str | None, *suffixes: str) -> list[str]:
+def _paths(folder: str, *suffixes: str) -> list[str]:
     """Return the files in a directory with one of these endings; none if it is not there."""
     with contextlib.suppress(OSError):
-        names = os.listdir(folder) if folder else ()
-        return [os.path.join(folder or "", name) for name in names if name.endswith(suffixes)]
+        return [
+            os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(suffixes)
+        ]
     return []
 
 
@@ -1157,7 +1188,7 @@ class Slot:
     """
 
     HEAD = 64
-    SIZE = HEAD + 2**16
+    SIZE = 2**16
     TIMES = struct.Struct("3d")
 
     #: The ticket and flags of what runs; ticket 0 is nothing.
@@ -1173,15 +1204,18 @@ class Slot:
 
     def __init__(self, index: int, view: memoryview, path: str) -> None:
         self.index = index
+        self.pid = 0  # of the process that writes it, as its parent knows it; 0: this one
         self._path = path
         self._head = view[: self.HEAD]
         self._words = self._head.cast("Q")  # 0 begun, 1-3 times, 4 written, 5 consumed, 6 executed
         self._ring = view[self.HEAD :]
         self._spilled: list[str] = []
+        self._end = 0  # where the last `read` ended
 
     def clear(self) -> None:
         """Make the slot ready for a new process."""
         self._head[:] = bytes(self.HEAD)
+        self._end = 0
 
     def begin(self, ticket: int, flags: int, soft: float = 0.0, hard: float = 0.0) -> None:
         """Note that a task begins now; deadlines are by time.monotonic(), or 0."""
@@ -1207,11 +1241,11 @@ class Slot:
         self._words[4] += len(record)
         self._words[0] = 0
 
-    def read(self) -> tuple[list[tuple[int, Outcome]], int]:
-        """Return the unsettled (ticket, outcome) pairs, and the position to `consume` then."""
-        at, end = self._words[5], self._words[4]
+    def read(self) -> list[tuple[int, Outcome]]:
+        """Return the unsettled (ticket, outcome) pairs; `consume` forgets them."""
+        at, self._end = self._words[5], self._words[4]
         found = []
-        while at < end:
+        while at < self._end:
             ticket, length = _RECORD.unpack(self._bytes(at, _RECORD.size))
             at += _RECORD.size + length
             text = self._bytes(at - length, length)
@@ -1220,11 +1254,11 @@ class Slot:
                 with contextlib.suppress(FileNotFoundError), open(self._spilled[-1], "rb") as file:
                     text = file.read()
             found.append((ticket, Outcome(*json.loads(text)) if text else _GIVE_BACK))
-        return found, end
+        return found
 
-    def consume(self, position: int) -> None:
-        """Forget the outcomes before `position`, up to which they were read: they are settled."""
-        self._words[5] = position
+    def consume(self) -> None:
+        """Forget the outcomes that were read: they are settled."""
+        self._words[5] = self._end
         while self._spilled:
             _unlink(self._spilled.pop())
 
@@ -1239,36 +1273,52 @@ class Journal:
 
     It survives SIGKILL, and costs no system call to write. The main process and each child hold a
     lock on one byte of it, which the kernel drops with the process: a journal that can be locked
-    whole has no live owner left, and whoever locked it recovers its claims. Without a path it is
-    for one process alone, whose store dies with it.
+    whole has no live owner left, and whoever locked it recovers its claims.
     """
 
-    HEAD = 4096
+    HEAD = 2**16  # what follows can be mapped by itself
     #: Those of this process: opening and closing one again would drop its locks.
     own: dict[str, int] = {}
 
-    def __init__(self, path: str | None, info: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: str, info: dict[str, Any] | None = None) -> None:
         """Make and lock a journal for `info`, a dict of the worker's `node` and its number of
-        `slots`; or open one, ValueError if it is none, or is only being made."""
+        `slots` at first; or open one, ValueError if it is none, or is only being made."""
         self.path = path
         #: The number under which the worker claims messages.
-        self.owner = int(os.path.basename(path or "0").split(".")[0], 16)
-        if info is not None and path is not None:
+        self.owner = int(os.path.basename(path).split(".")[0], 16)
+        if info is not None:
             self.own[path] = os.getpid()
-        self.map = _mapped(path, self.HEAD + info["slots"] * Slot.SIZE if info else 0)
-        self._file: Any = path and open(path, "r+b")
+        self.map = _mapped(path, self.HEAD if info else 0)
+        self._file: Any = open(path, "r+b")
         if info is not None:
             self.lock(-1)
             head = json.dumps({**info, "pid": os.getpid()}).encode() + b"\n"
             self.map[: len(head)] = head
         self.info: dict[str, Any] = json.loads(self.map[: self.HEAD].partition(b"\n")[0])
-        name = f"taskq-{os.urandom(8).hex()}"
-        spill = path or os.path.join(importlib.import_module("tempfile").gettempdir(), name)
-        starts, view = range(self.HEAD, len(self.map), Slot.SIZE), memoryview(self.map)
-        self.slots = [Slot(i, view[at : at + Slot.SIZE], spill) for i, at in enumerate(starts)]
+        self.slots: list[Slot] = []
+        self.grow(info["slots"] if info else (len(self.map) - self.HEAD) // Slot.SIZE)
+
+    def grow(self, count: int) -> None:
+        """Have at least `count` slots; processes that are started from now on see the new ones."""
+        start, size = len(self.slots), (count - len(self.slots)) * Slot.SIZE
+        if size > 0:
+            at, fd = self.HEAD + start * Slot.SIZE, self._file.fileno()
+            self._file.truncate(max(at + size, os.fstat(fd).st_size))
+            view = memoryview(mmap.mmap(fd, size, offset=at))
+            parts = (view[at : at + Slot.SIZE] for at in range(0, size, Slot.SIZE))
+            self.slots += [Slot(i, part, self.path) for i, part in enumerate(parts, start)]
+
+    @property
+    def events(self) -> bool:
+        """Whether task events are sent; children see at once that it is changed."""
+        return bool(self.map[self.HEAD - 1])
+
+    @events.setter
+    def events(self, on: bool) -> None:
+        self.map[self.HEAD - 1] = on
 
     @classmethod
-    def others(cls, folder: str | None) -> Iterator[Journal]:
+    def others(cls, folder: str) -> Iterator[Journal]:
         """Open each journal of other processes in a run directory, and close it again."""
         for path in _paths(folder, ".journal"):
             if cls.own.get(path) != os.getpid():
@@ -1278,15 +1328,14 @@ class Journal:
 
     def lock(self, index: int) -> None:
         """Lock this process's byte: that of child `index`, or -1 for the main process."""
-        if self.path is not None:
-            self.own[self.path] = os.getpid()
-            if fcntl:
-                fcntl.lockf(self._file, fcntl.LOCK_EX, 1, index + 1)
+        self.own[self.path] = os.getpid()
+        if fcntl:
+            fcntl.lockf(self._file, fcntl.LOCK_EX, 1, index + 1)
 
     def lock_whole(self) -> bool:
         """Try to become the one who recovers a dead worker's claims."""
         if fcntl is None:  # no locks: see `touch`
-            return time.time() - os.stat(self.path or "").st_mtime > 15
+            return time.time() - os.stat(self.path).st_mtime > 15
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -1295,24 +1344,23 @@ class Journal:
 
     def touch(self) -> None:
         """Show others that the worker lives; it calls this every second."""
-        if self.path and not os.path.exists(self.path):  # somebody has deleted it
-            copy = _mapped(self.path, len(self.map))
+        if not os.path.exists(self.path):  # somebody has deleted it
+            copy = _mapped(self.path, self.HEAD)
+            self._file.close()
             self._file = open(self.path, "r+b")
             self.lock(-1)  # before others can read it
-            copy[:] = self.map[:]
-        if self.path and not fcntl:
+            copy[:] = self.map[: self.HEAD]
+        if not fcntl:
             os.utime(self.path)
 
     def ends(self) -> dict[int, Any]:
         """Return {ticket: its Outcome, or the flags of a task that has begun}."""
-        found: dict[int, Any] = dict(slot.begun for slot in self.slots)
-        for slot in self.slots:
-            found.update(slot.read()[0])
-        return found
+        begun: dict[int, Any] = dict(slot.begun for slot in self.slots)
+        return {**begun, **dict(pair for slot in self.slots for pair in slot.read())}
 
     def close(self, remove: bool = False) -> None:
         """Let go of the journal, and with `remove` delete its files."""
-        if self.path is not None and not self._file.closed:
+        if not self._file.closed:
             if remove:
                 files = _paths(os.path.dirname(self.path), "")
                 _unlink(*(path for path in files if path.startswith(self.path)))
@@ -1341,13 +1389,14 @@ if TYPE_CHECKING:
 StaleClaim = _error("StaleClaim", "A claim to settle is no longer its worker's.", Exception)
 
 
-def _topic_matches(pattern: Sequence[str], key: Sequence[str]) -> bool:
-    """Return whether the words of a topic pattern (media, *, #) match those of a routing key."""
-    if not pattern:
-        return not key
-    if pattern[0] == "#":
-        return _topic_matches(pattern[1:], key) or bool(key) and _topic_matches(pattern, key[1:])
-    return bool(key) and pattern[0] in ("*", key[0]) and _topic_matches(pattern[1:], key[1:])
+def _brings(kind: str, key: str, routing_key: str) -> bool:
+    """Return whether an exchange of this kind brings what has a routing key to a queue that is
+    bound by `key`; in that of a topic * stands for one word and # for any number."""
+    if kind != "topic":
+        return kind == "fanout" or key == routing_key
+    words = {"*": r"[^.]*\.", "#": r"([^.]*\.)*"}
+    pattern = "".join(words.get(word, re.escape(word + ".")) for word in key.split("."))
+    return bool(re.fullmatch(pattern, routing_key + "."))
 
 
 # mypy: disable-error-code=empty-body
@@ -1366,17 +1415,30 @@ class Store:
 
     #: Whether other programs publish here too; `parts` then bring deliveries, for their chords.
     foreign = False
-    #: The run directory; None if the store lives in one process alone.
-    folder: str | None = None
+    #: Whether other processes can use it.
+    shared = True
+    #: The run directory.
+    folder: str
     bells: Bells
     #: Seconds after which a chord whose parts do not end is forgotten.
     chord_expires = 30 * 86400
 
+    _turn = 0
+
+    def _in_turn(self, queues: Sequence[str]) -> list[str]:
+        """Return queues, each time with another one first."""
+        self._turn = (self._turn + 1) % max(len(queues), 1)
+        return [*queues[self._turn :], *queues[: self._turn]]
+
     def uri(self) -> str:
         """Return the address as the banner prints it."""
 
-    def publish(self, deliveries: Rows, chords: Rows = ()) -> None:
-        """Put messages into their queues, and apply `chords`, all or none; wake workers."""
+    def publish(self, deliveries: Rows, chords: Rows = (), run: Any = None) -> bool:
+        """Put messages into their queues, and apply `chords`, all or none; wake workers.
+
+        run: (name, before, now) if these are what a periodic task sends. Unless its last run was at
+        `before` (None: there was none) somebody else has sent them: nothing is done; returns False.
+        """
 
     def look(self, queues: Sequence[str]) -> tuple[bool, float | None]:
         """Return whether there is something to claim, and when the next message with an ETA is due
@@ -1439,12 +1501,54 @@ class Store:
 
     def bound(self, exchange: str, routing_key: str) -> list[str]:
         """Return the queues that an exchange brings messages with this routing key to."""
-        words, found = routing_key.split("."), {}
-        for kind, pattern, queue in self.bindings(exchange):
-            is_topic = kind == "topic" and _topic_matches(pattern.split("."), words)
-            if is_topic or kind == "fanout" or pattern == routing_key:
-                found[queue] = True
-        return list(found)
+        bindings = self.bindings(exchange)
+        found = (queue for kind, key, queue in bindings if _brings(kind, key, routing_key))
+        return list(dict.fromkeys(found))
+
+    def fan_out(self, kind: str, exchange: str, posts: Rows) -> int:
+        """Post commands ('fanout'), replies ('direct') or events ('topic'), in rows of routing key
+        and text, to all who are subscribed now; return how many these are, at most."""
+
+    def subscribe(self, kind: str, exchange: str, key: str, queue: str, bell: Bell) -> Inbox:
+        """Return an Inbox, called `queue`, for what is posted by routing keys like `key` from when
+        `bell` listens to its `topics` on.
+
+        `read()` returns the texts that have come since, and does not wait; `close()` ends it.
+        """
+
+    @contextlib.contextmanager
+    def listening(self, kind: str, exchange: str, key: str, queue: str) -> Iterator[Any]:
+        """Subscribe for a while; gives a function that returns the texts that have come, after
+        waiting for up to so many seconds if there are none."""
+        bell = self.bells.open()
+        inbox = self.subscribe(kind, exchange, key, queue, bell)
+
+        def read(seconds: float) -> list[str]:
+            bell.doze(hears=True)
+            return inbox.read() or (inbox.read() if bell.wait(seconds) else [])
+
+        try:
+            bell.listen(inbox.topics)
+            yield read
+        finally:
+            inbox.close()
+            self.bells.close(bell)
+
+    def revoke(self, ids: Iterable[str], seconds: float) -> None:
+        """Remember for so long that tasks are revoked, where the store can: not on Redis."""
+
+    def revoked(self) -> dict[str, float]:
+        """Return {id: until when, in seconds since the epoch} of what `revoke` remembers."""
+        return {}
+
+    def scheduled(self, queues: Sequence[str]) -> list[Claim]:
+        """Return the next 1,000 messages that wait for their ETA; they are not claimed."""
+
+    def due_runs(self) -> dict[str, tuple[float, int]]:
+        """Return {name: (last run in seconds since the epoch, their number)} of periodic tasks."""
+
+    def leave(self, owner: int) -> None:
+        """Note that a worker has come to its end."""
 
     def purge(self, queue: str) -> int:
         """Delete the messages that wait in a queue, due or not; return how many."""
@@ -1490,7 +1594,7 @@ class Store:
 
 #: "taskq" in the header of a database, so that no other program's file is taken for one.
 _APPLICATION_ID = 0x7461736B
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _FREE = "owner IS NULL AND due IS NULL"
 _SCHEMA = f"""
 BEGIN IMMEDIATE;
@@ -1526,6 +1630,12 @@ CREATE TABLE IF NOT EXISTS bindings (
     exchange TEXT, kind TEXT, routing_key TEXT, queue TEXT,
     PRIMARY KEY (exchange, routing_key, queue)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS posts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, exchange TEXT, routing_key TEXT, post TEXT, expires REAL
+);
+CREATE INDEX IF NOT EXISTS posts_of ON posts (exchange);
+CREATE TABLE IF NOT EXISTS revoked (id TEXT PRIMARY KEY, expires REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS runs (name TEXT PRIMARY KEY, last REAL, count INTEGER) WITHOUT ROWID;
 PRAGMA application_id = {_APPLICATION_ID};
 PRAGMA user_version = {_SCHEMA_VERSION};
 COMMIT"""
@@ -1543,6 +1653,14 @@ _REJECT = "INSERT INTO rejected VALUES (NULL, ?, ?, CAST(? AS TEXT), CAST(? AS T
 _COUNT = "UPDATE chords SET missing = missing + ? WHERE id = ? AND missing > 0"
 _PART = "INSERT OR IGNORE INTO chord_parts SELECT id, ?, ? FROM chords WHERE id = ?"
 _COMPLETE = "SELECT queue, priority, due, message FROM chords WHERE id = ? AND missing <= 0"
+_POST = "INSERT INTO posts (exchange, routing_key, post, expires) VALUES (?, ?, ?, ?)"
+_POSTED = "SELECT id, routing_key, post FROM posts WHERE exchange = ? AND id > ? ORDER BY id"
+_TRIM = "DELETE FROM posts WHERE exchange = ? AND id <= (SELECT max(id) FROM posts) - 10000"
+_FIRST_RUN = "INSERT OR IGNORE INTO runs VALUES (:name, :now, 1)"
+_RUN = "UPDATE runs SET last = :now, count = count + 1 WHERE name = :name AND last = :before"
+
+#: What one subscriber gets: see `Store.subscribe`.
+Inbox = collections.namedtuple("Inbox", "topics read close")
 
 
 class SQLiteStore(Store):
@@ -1567,7 +1685,8 @@ class SQLiteStore(Store):
             raise ImproperlyConfigured(f"{url!r}: {why}")
         # The real path: two names of one file must not make two run directories.
         self.path = os.path.realpath(place[1:]) if scheme == "sqlite" and place[1:] else None
-        self.folder = self.path and self.path + "-run"
+        self.shared = self.path is not None
+        self.folder = (self.path or _symbol("tempfile:mktemp")("", "taskq-")) + "-run"
         self.bells = Bells(self.folder)
         for name, value in options.items():
             if not re.fullmatch(self.OPTIONS.get(name, "(?!)"), str(value).lower()):
@@ -1575,7 +1694,6 @@ class SQLiteStore(Store):
                 raise ImproperlyConfigured(f"option {name}={value!r} of sqlite://: {why}")
         self._timeout = float(options.get("timeout", 30))
         self._synchronous = options.get("synchronous", "normal")
-        self._turn = 0
         self._tickets = itertools.count(1)
         self._open: list[sqlite3.Connection] = []  # one, or none
         weakref.finalize(self, _close_all, self._open)  # also at the end of the process
@@ -1618,12 +1736,8 @@ class SQLiteStore(Store):
             if path:
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            connection = sqlite3.connect(
-                path or ":memory:",
-                timeout=self._timeout,
-                isolation_level=None,
-                check_same_thread=False,
-            )
+            options: Any = {"isolation_level": None, "check_same_thread": False}
+            connection = sqlite3.connect(path or ":memory:", self._timeout, **options)
             self._open.append(connection)
             while True:
                 try:
@@ -1642,20 +1756,18 @@ class SQLiteStore(Store):
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         """Make the tables, unless they are there; OperationalError in another program's file."""
-        execute = connection.execute
+        execute, why = connection.execute, ""
         application, version, tables = execute(
             "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"
             " FROM pragma_application_id, pragma_user_version"
         ).fetchone()
         if (tables or version) and application != _APPLICATION_ID:
-            raise OperationalError(
-                f"{self.path} is the database of another program: give taskq a file of its own"
-            )
-        if tables and version != _SCHEMA_VERSION:
-            raise OperationalError(
-                f"{self.path} has schema version {version}, this taskq ({__version__}) works with "
-                f"{_SCHEMA_VERSION}: use one version of taskq on a file"
-            )
+            why = "is the database of another program: give taskq a file of its own"
+        elif tables and version != _SCHEMA_VERSION:
+            why = f"has schema version {version}, this taskq ({__version__}) works with "
+            why += f"{_SCHEMA_VERSION}: use one version of taskq on a file"
+        if why:
+            raise OperationalError(f"{self.path} {why}")
         execute("PRAGMA journal_mode=WAL")
         # A checkpoint waits for the disk, so most are left to `sweep`. In pages: 40 MB.
         execute("PRAGMA wal_autocheckpoint=10000")
@@ -1682,13 +1794,20 @@ class SQLiteStore(Store):
 
     # -- messages ------------------------------------------------------------------------------
 
-    def publish(self, deliveries: Rows, chords: Rows = ()) -> None:
+    def publish(self, deliveries: Rows, chords: Rows = (), run: Any = None) -> bool:
         with self as connection:
-            if len(deliveries) > 1 or chords:
+            if len(deliveries) > 1 or chords or run:
                 connection.execute("BEGIN IMMEDIATE")
+                if run:
+                    name, before, now = run
+                    sql = _FIRST_RUN if before is None else _RUN
+                    values = {"name": name, "before": before, "now": now}
+                    if not connection.execute(sql, values).rowcount:
+                        return False
                 self._change_chords(connection, chords)
             connection.executemany(_INSERT, deliveries)
         self.bells.ring(delivery[0] for delivery in deliveries)
+        return True
 
     def look(self, queues: Sequence[str]) -> tuple[bool, float | None]:
         """Probe the index of each queue, and that of due times, with one query."""
@@ -1742,10 +1861,7 @@ class SQLiteStore(Store):
 
     def _ready(self, connection: sqlite3.Connection, queues: Sequence[str], limit: int) -> Any:
         """Return rows to claim: from each queue in turn while it has any, by priority."""
-        self._turn += 1
-        start = self._turn % len(queues)
-        order = (*queues[start:], *queues[:start])
-        cursors = [connection.execute(_READY, (queue, limit)) for queue in order]
+        cursors = [connection.execute(_READY, (name, limit)) for name in self._in_turn(queues)]
         turns = itertools.chain.from_iterable(itertools.zip_longest(*cursors))
         return sorted(itertools.islice(filter(None, turns), limit), key=lambda row: row[2])
 
@@ -1753,7 +1869,7 @@ class SQLiteStore(Store):
         """Recover also claims without a journal: somebody has deleted it."""
         count = super().recover(lost, settle)
         for (owner,) in self._execute("SELECT DISTINCT owner FROM messages WHERE owner > 0"):
-            if self.folder and not os.path.exists(f"{self.folder}/{owner:x}.journal"):
+            if not os.path.exists(f"{self.folder}/{owner:x}.journal"):
                 count += self.recover_owner(owner, {}, lost, settle)
         return count
 
@@ -1778,9 +1894,9 @@ class SQLiteStore(Store):
         now = time.time()
         dated = [(*row, now + seconds if seconds else None) for *row, seconds in results]
         connection.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?)", dated)
-        rows: dict[str, list[Any]] = {}
+        rows: dict[str, list[Any]] = collections.defaultdict(list)
         for chord, index, id, _ in parts:
-            rows.setdefault(chord, []).append((id, index, chord))
+            rows[chord].append((id, index, chord))
         complete: list[Delivery] = []
         for chord, some in rows.items():
             counted = connection.executemany(_PART, some).rowcount
@@ -1789,14 +1905,14 @@ class SQLiteStore(Store):
         return complete
 
     def get_results(self, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
-        found = {}
+        found: dict[str, tuple[str, str]] = {}
+        now = time.time()
         for start in range(0, len(ids), 500):
             some = ids[start : start + 500]
             marks = ",".join("?" * len(some))
             sql = f"SELECT id, state, meta FROM results WHERE id IN ({marks})"
-            sql += " AND (expires IS NULL OR expires > ?)"
-            for id, state, meta in self._execute(sql, (*some, time.time())):
-                found[id] = state, meta
+            rows = self._execute(sql + " AND (expires IS NULL OR expires > ?)", (*some, now))
+            found.update((id, (state, meta)) for id, state, meta in rows)
         return found
 
     def forget(self, ids: Sequence[str]) -> None:
@@ -1826,9 +1942,53 @@ class SQLiteStore(Store):
         sql = "SELECT kind, routing_key, queue FROM bindings WHERE exchange = ?"
         return self._execute(sql, (exchange,))
 
+    # -- posts, revokes and periodic tasks --------------------------------------------------------
+
+    def fan_out(self, kind: str, exchange: str, posts: Rows) -> int:
+        """Write posts once for all, if anybody listens; each Inbox knows how far it has read."""
+        topic, expires = f"e:{exchange}", time.time() + 3600
+        bells, all_known = self.bells.listeners(topic), hasattr(os, "mkfifo")
+        if bells or not all_known:
+            with self as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                connection.executemany(_POST, [(exchange, *post, expires) for post in posts])
+                if kind == "topic":  # events, which a reader may miss if it is slow
+                    connection.execute(_TRIM, (exchange,))
+        for bell in bells:
+            bell.post(topic)
+        return len(bells) if all_known else 10**6
+
+    def subscribe(self, kind: str, exchange: str, key: str, queue: str, bell: Bell) -> Inbox:
+        topic = f"e:{exchange}"
+        seen: int = self._execute("SELECT coalesce(max(id), 0) FROM posts")[0][0]
+
+        def read() -> list[str]:
+            nonlocal seen
+            rows = self._execute(_POSTED, (exchange, seen)) if bell.has_post(topic) else ()
+            seen = rows[-1][0] if rows else seen
+            return [text for _, sent_by, text in rows if _brings(kind, key, sent_by)]
+
+        return Inbox([topic], read, functools.partial(bell.listen, ()))
+
+    def revoke(self, ids: Iterable[str], seconds: float) -> None:
+        until = time.time() + seconds
+        self._write("INSERT OR REPLACE INTO revoked VALUES (?, ?)", [(id, until) for id in ids])
+
+    def revoked(self) -> dict[str, float]:
+        return dict(self._execute("SELECT * FROM revoked WHERE expires > ?", (time.time(),)))
+
+    def scheduled(self, queues: Sequence[str]) -> list[Claim]:
+        marks = ",".join("?" * len(queues))
+        where = f"due IS NOT NULL AND queue IN ({marks}) ORDER BY due LIMIT 1000"
+        rows = self._execute(f"SELECT id, 0, {_FROM} {where}", queues)
+        return list(itertools.starmap(Claim, rows))
+
+    def due_runs(self) -> dict[str, tuple[float, int]]:
+        return {name: (last, count) for name, last, count in self._execute("SELECT * FROM runs")}
+
     def sweep(self) -> None:
         """Delete 500 expired rows at a time, so that no transaction is long; checkpoint."""
-        for table in ("results", "chords"):
+        for table in ("results", "chords", "posts", "revoked"):
             some = f"SELECT id FROM {table} WHERE expires < ? LIMIT 500"
             while self._write(f"DELETE FROM {table} WHERE id IN ({some})", [(time.time(),)]):
                 pass
@@ -1871,11 +2031,8 @@ def open_store(url: str, options: dict[str, Any]) -> Store:
     if not separator or scheme not in kinds:
         why = f"taskq has no {scheme!r}; use sqlite:// (a file) or redis://"
         raise ImproperlyConfigured(f"{_mask_url(url)!r}: {why}")
-    query = rest.partition("?")[2]
-    if query:
-        from urllib.parse import parse_qsl
-
-        options = {**options, **dict(parse_qsl(query, keep_blank_values=True))}
+    query = _symbol("urllib.parse:parse_qsl")(rest.partition("?")[2], keep_blank_values=True)
+    options = {**options, **dict(query)}
     key = (url, _json_encode(options))
     with _lock:
         if key not in _stores:
@@ -1892,31 +2049,36 @@ def open_store(url: str, options: dict[str, Any]) -> Store:
 # Keys of our own:
 #
 #   taskq.workers    sorted set of workers by the time of their last heartbeat
-#   taskq.owner.N    number of the last settlement of this owner, or 'dead'
+#   taskq.owner.N    first ticket of this owner that the server knows: it may have forgotten others
 #   taskq.due        sorted set of tags in `unacked` that wait for their ETA: due:UNIQUE:LIST
 #   taskq.rejected   list of the last 10,000 rejected messages: about it in JSON, newline, text
-#   taskq.exchanges  hash of each exchange's kind
+#   taskq.runs       hash of the last runs of periodic tasks; taskq.runs.count: how many there were
 #   G.b              beside Celery's keys of a chord, G.s and so on: list and text for its end
 
-#: All that must happen at once: check claims, run commands, drop the claims, make new ones.
-_SCRIPT = """
-local unacked, index, owner, due = unpack(KEYS, 1, 4)
-local seq, now, left, tag, ticket, before, queues, tags = unpack(ARGV, 1, 8)
-local call, claims, done, wrong, first = redis.call, {}, {}, '', 9 + tags
+_CHORD = "celery-taskset-meta-"  # before a chord's id in its keys
 
-if seq == '0' then  -- on behalf of others: what is not there any more has been settled
-    for i = 9, first - 1 do
-        if call('HEXISTS', unacked, ARGV[i]) == 0 then return {'stale'} end
-    end
-elseif call('GET', owner) == 'dead' then
-    call('DEL', owner)
-    return {'stale'}
+#: All that must happen at once: run commands, among them the ends of claims, and make new claims.
+_SCRIPT = """
+local unacked, index, due, owner = unpack(KEYS, 1, 4)
+local now, left, tag, ticket, sure, before, queues = unpack(ARGV, 1, 7)
+local call, claims, done, strays, wrong = redis.call, {}, {}, {}, ''
+local again, gone = sure ~= ticket, false  -- whether the reply of an earlier call was lost
+if tag ~= '' then call('SET', owner, ticket, 'NX', 'EX', 86400) end
+local known = tonumber(tag ~= '' and call('GET', owner) or 0)
+
+local function is_taken(name)
+    return call('HEXISTS', unacked, name) == 0
+        and (tonumber(string.match(name, ':(%d+)$')) or 0) >= known
 end
-local at = first
+local at = 8
 while at <= #ARGV do  -- before any command: a script that fails half-way is not undone
-    if string.match(ARGV[at + 1], '^[LR]PUSH$') then
-        local kind = call('TYPE', ARGV[at + 2]).ok
-        if kind ~= 'list' and kind ~= 'none' then return {'wrong', ARGV[at + 2]} end
+    local name, key = ARGV[at + 1], ARGV[at + 2]
+    if name == 'end' and not again and is_taken(key) then return {'stale'} end
+    if name == 'expect' and (call('HGET', key, ARGV[at + 3]) or '') ~= ARGV[at + 4] then
+        return {'stale'}
+    elseif string.match(name, '^[LR]PUSH$') then
+        local kind = call('TYPE', key).ok
+        if kind ~= 'list' and kind ~= 'none' then return {'wrong', key} end
     end
     at = at + 1 + ARGV[at]
 end
@@ -1960,24 +2122,30 @@ local function part(key, id, place, value, ttl, again, list, text)
         body[2] = named(body[2], key)
         if again == '1' then
             done[#done + 1] = body
-        elseif seq ~= '0' then  -- for this worker: one of Celery does not know our chords
+        elseif tag ~= '' then  -- for this worker: one of Celery does not know our chords
             claim(body[1], body[2])
         else
             call('LPUSH', body[1], body[2])
         end
     end
 end
-at = first
+for n = tonumber(sure), ticket - 1 do  -- what such a call has claimed
+    if call('HEXISTS', unacked, tag .. n) == 1 then strays[#strays + 1] = tag .. n end
+end
+at = 8
 while at <= #ARGV do
     local command = {unpack(ARGV, at + 1, at + ARGV[at])}
-    if command[1] == 'part' then part(unpack(command, 2)) else call(unpack(command)) end
+    if command[1] == 'end' then
+        gone = again and is_taken(command[2])  -- it has been settled by such a call
+        call('HDEL', unacked, command[2])
+        call('ZREM', index, command[2])
+    elseif command[1] == 'part' and not gone then
+        part(unpack(command, 2))
+    elseif command[1] ~= 'expect' and not gone then
+        call(unpack(command))
+    end
     at = at + 1 + ARGV[at]
 end
-for i = 9, first - 1 do
-    call('HDEL', unacked, ARGV[i])
-    call('ZREM', index, ARGV[i])
-end
-if seq ~= '0' then call('SET', owner, seq, 'EX', 86400) end
 
 local ready = left ~= '0' and call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, 1000) or {}
 for i = #ready, 1, -1 do
@@ -2002,20 +2170,8 @@ for from = 5, #KEYS, math.max(queues, 1) do  -- the lists of one priority
         end
     end
 end
-return {'ok', wrong, claims, done}
+return {'ok', wrong, claims, done, strays}
 """
-
-
-class _Holder:
-    """What one worker of this process has claimed."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, None] = {}
-        self.ticket, self.seq = 1, 0
-        #: Number and tags of a settlement whose reply never came.
-        self.unsure: tuple[int, list[str]] | None = None
-        #: Tags of claims that it turned out to have settled.
-        self.applied: set[str] = set()
 
 
 class RedisBell(Bell):
@@ -2024,20 +2180,24 @@ class RedisBell(Bell):
 
     _line: Any = None  # the connection on which Redis rings
 
-    def __init__(self, store: RedisStore, path: str | None = None, polls: bool = False) -> None:
-        super().__init__(path, polls=polls)
+    def __init__(self, store: RedisStore, path: str | None) -> None:
+        super().__init__(path)
         self._store = store
-        self._channels: list[str] = []
-        #: Its number for the server.
-        self.line_id = 0
+        self._channels: list[str] = []  # of results
+        self._posts: dict[str, list[bytes]] = {}  # by the pattern that an inbox subscribes to
+        self.line_id = 0  # the line's number for the server
 
     def listen(self, topics: Iterable[str]) -> None:
         """Hear of these topics, and of no others."""
         topics = list(topics)
         super().listen(topics)
-        keys = [self._store.result_key(topic[2:]) for topic in topics]
-        self._channels = ["__redis__:invalidate"] if topics[0].startswith("q:") else keys
-        self._tune()
+        self._channels = [self._store.result_key(t[2:]) for t in topics if t[0] == "r"]
+        patterns = [topic[2:] for topic in topics if topic[0] == "e"]
+        if not self._posts.keys() <= set(patterns):
+            self.hang_up()  # the quickest way to get rid of the others
+        self._posts = {pattern: self._posts.get(pattern, []) for pattern in patterns}
+        if topics:
+            self._tune()
 
     def _tune(self) -> None:
         """Subscribe, on a new connection if there is none; without a server that waits."""
@@ -2046,20 +2206,52 @@ class RedisBell(Bell):
                 self._line = self._store.connect()
                 self.line_id = self._store.send(self._line, ("CLIENT", "ID"))[0]
             self._line.send_command("UNSUBSCRIBE")
-            self._line.send_command("SUBSCRIBE", *self._channels)  # each has a reply of its own
-            while self._line.read_response()[::2] != [b"subscribe", len(self._channels)]:
+            self._line.send_command("SUBSCRIBE", "__redis__:invalidate", *self._channels)
+            if self._posts:
+                self._line.send_command("PSUBSCRIBE", *self._posts)
+            self._line.send_command("PING", "tuned")
+            while b"tuned" not in self._hear():
                 pass
         except (OperationalError, *self._store.errors):
             self.hang_up()
 
-    def __del__(self) -> None:
-        self.hang_up()
+    def _hear(self) -> Any:
+        """Return what comes next on the line; posts are put aside for their inbox."""
+        heard = self._line.read_response()
+        if heard[0] == b"pmessage":
+            self._posts[heard[1].decode()].append(heard[3])
+        return heard
+
+    def _drain(self, timeout: float) -> bool:
+        """Hear all that comes on the line within `timeout` seconds, or until somebody rings
+        otherwise; return whether there was anything."""
+        heard = False
+        try:
+            _readable(self._line._sock, timeout, *self._fds[:1])
+            while self._line.can_read(timeout=0):
+                self._hear()
+                heard = True
+        except (*self._store.errors, AttributeError, TypeError):  # there is no line any more
+            self.hang_up()
+            heard = True
+        return heard
+
+    def take_posts(self, pattern: str) -> list[str]:
+        """Return what was posted by an inbox's pattern since this was asked last."""
+        if self._line is None:  # a busy worker does not doze, which would do it
+            self._tune()
+        self._drain(0.0)
+        posts = self._posts.get(pattern, [])
+        found, posts[:] = posts[:], []
+        return [text.decode("utf-8", "replace") for text in found]
 
     def hang_up(self) -> None:
         """Give up the connection on which Redis rings; the next sleep makes another."""
         if self._line is not None:
             self._line.disconnect()
         self._line = None
+
+    __del__ = hang_up
 
     def doze(self, hears: bool) -> None:
         """Sleep from now on; if it `hears`, the thread's next look tells Redis what for."""
@@ -2073,15 +2265,7 @@ class RedisBell(Bell):
         if self._line is None:  # what happens until it is there again goes unheard
             self._tune()
             return self._line is not None or super().wait(min(timeout, 1.0)) or True
-        rung = False
-        try:
-            _readable(self._line._sock, max(timeout, 0), *self._fds[:1])
-            while self._line.can_read(timeout=0):
-                self._line.read_response()
-                rung = True
-        except (*self._store.errors, TypeError):
-            self.hang_up()
-            rung = True
+        rung = self._drain(max(timeout, 0.0))
         if self._fds and _readable(self._fds[0], 0):
             rung = bool(os.read(self._fds[0], 4096))
         self._flag[0] = 0
@@ -2097,29 +2281,28 @@ class RedisStore(Store):
     """
 
     foreign = True
-    SCHEMES = ("redis", "rediss", "unix", "redis+socket", "valkey", "valkeys")
+    SCHEMES = {"redis": "redis", "valkey": "redis", "rediss": "rediss", "valkeys": "rediss"}
+    SCHEMES.update({"unix": "unix", "redis+socket": "unix"})  # as redis-py calls them
     OPTIONS: dict[str, Any] = {
         "visibility_timeout": 3600,
         "global_keyprefix": "",
         "result_prefix": "",  # stands before the keys of results
+        "fanout_prefix": True,  # or text: what stands before the channels of commands and events
         "priority_steps": (0, 3, 6, 9),
         "socket_timeout": 10.0,  # without one, a server that hangs would never be missed
         "socket_connect_timeout": 5.0,
     }
-    #: More options of the connections; `ssl_…` too.
-    CONNECTION = frozenset(
+    #: More options of the connections, `ssl_…` too.
+    CONNECTION = (
         "socket_keepalive socket_keepalive_options health_check_interval client_name".split()
     )
     #: Options of Celery's for what needs none here.
-    NO_EFFECT = frozenset(
-        "fanout_prefix fanout_patterns max_connections retry_on_timeout retry_policy max_retries "
-        "interval_start interval_step interval_max polling_interval queue_order_strategy "
+    NO_EFFECT = (
+        "max_connections retry_on_timeout retry_policy max_retries interval_start interval_step "
+        "interval_max polling_interval queue_order_strategy fanout_patterns result_chord_ordered "
         "unacked_restore_limit unacked_restore_interval unacked_restore_throttle "
-        "unacked_mutex_expire result_chord_ordered".split()
+        "unacked_mutex_expire".split()
     )
-    #: The types of our keys, without which nothing works.
-    KEYS = {"unacked": b"hash"}
-    KEYS.update(dict.fromkeys(("unacked_index", "taskq.due", "taskq.workers"), b"zset"))
     #: Seconds between heartbeats, and after the last one until a worker counts as dead.
     BEAT, DEAD = 2.0, 10.0
     #: How often, 0.2 s apart, what can be repeated is tried while the server cannot be reached.
@@ -2132,40 +2315,45 @@ class RedisStore(Store):
             raise ImproperlyConfigured(
                 f"{_mask_url(url)} needs redis-py, which is not installed: pip install redis"
             ) from None
-        import hashlib
-        import tempfile
-
         self.redis: Any = redis
         self.errors = (redis.RedisError, OSError)
         self.url = url
         at = self._options = self._parse(url, options)
         self._prefix, self._sep = at.pop("global_keyprefix"), "\x06\x16"
         self._result_prefix = at.pop("result_prefix")
+        prefix = at.pop("fanout_prefix")
+        self._fanout = ("/{db}." if prefix is True else prefix or "").format(db=at["db"])
         self._visibility = float(at.pop("visibility_timeout"))
         self._steps = sorted(at.pop("priority_steps"))
+        names = ("unacked", "unacked_index", "taskq.due", "taskq.workers", "taskq.runs")
+        self._keys = [self._key(name) for name in names]
+        self._unacked, self._index, self._due, self._workers, self._runs = self._keys
         user = os.getuid() if hasattr(os, "getuid") else None
         name = f"{at.get('path', at.get('host'))}-{at.get('port')}-{at['db']}-{self._prefix}"
         name = re.sub(r"[^\w.-]", "_", f"taskq-{user}-{name}-run")
-        self.folder = os.path.join(tempfile.gettempdir(), name)  # where the machine's workers meet
+        # Where the machine's workers meet.
+        self.folder = os.path.join(_symbol("tempfile:gettempdir")(), name)
         if user and os.path.exists(self.folder) and os.stat(self.folder).st_uid != user:
             raise ImproperlyConfigured(f"{self.folder} belongs to another user: set TMPDIR")
         self.bells = Bells(self.folder, functools.partial(RedisBell, self))
-        self._sha = hashlib.sha1(_SCRIPT.encode()).hexdigest()
+        self._sha = _symbol("hashlib:sha1")(_SCRIPT.encode()).hexdigest()
         self.local: Any = threading.local()
         self._checked = False
         self._tracks = True  # whether the server can tell of changes
-        self._turn = 0
-        self._holders: dict[int, _Holder] = {}
+        #: The workers of this process: the tags that are `held`, the number of the next `ticket`,
+        #: and from which on, `sure`, a reply that was lost may have told of more.
+        self._holders: dict[int, types.SimpleNamespace] = {}
         self._beating: threading.Thread | None = None
+        self._beats = threading.Lock()  # for each beat, and while one of them leaves
         self._looked = self._up_since = 0.0  # the last look for dead workers, the first in a row
 
     def _parse(self, url: str, options: dict[str, Any]) -> dict[str, Any]:
         """Return the options, with what the connections are made with."""
         scheme, _, rest = url.partition("://")
-        is_socket = scheme in ("unix", "redis+socket")
-        to = "unix" if is_socket else "rediss" if scheme in ("rediss", "valkeys") else "redis"
+        kind, rest = self.SCHEMES[scheme], rest.replace("virtual_host", "db")
+        is_socket = kind == "unix"
         try:
-            at = self.redis.connection.parse_url(f"{to}://{rest.replace('virtual_host', 'db')}")
+            at = self.redis.connection.parse_url(f"{kind}://{rest}")
             if not is_socket:
                 int(rest.partition("?")[0].partition("/")[2].strip("/") or 0)
         except ValueError as exc:
@@ -2181,10 +2369,9 @@ class RedisStore(Store):
         if isinstance(made.get("ssl_cert_reqs"), str):
             made["ssl_cert_reqs"] = made["ssl_cert_reqs"].lower().replace("cert_", "")
         unfit = {n for n in made if is_socket and n.startswith("socket_keepalive")}
-        return {name: made[name] for name in made.keys() - self.NO_EFFECT - unfit}
+        return {name: made[name] for name in made.keys() - {*self.NO_EFFECT} - unfit}
 
     def uri(self) -> str:
-        """Return the address as it was given."""
         return self.url
 
     # -- keys ------------------------------------------------------------------------------------
@@ -2204,22 +2391,29 @@ class RedisStore(Store):
 
     def result_key(self, id: str) -> str:
         """Return the key, and channel, of a task's result or of a stored group."""
-        kind = "" if id.startswith("celery-taskset-meta-") else "celery-task-meta-"
+        kind = "" if id.startswith(_CHORD) else "celery-task-meta-"
         return f"{self._result_prefix}{kind}{id}"
 
-    def _chord_key(self, chord: str) -> str:
-        return f"{self._result_prefix}celery-taskset-meta-{chord}"
+    def _channel(self, exchange: str, key: str) -> str:
+        """Return the channel of an exchange's posts by this routing key."""
+        return self._key(self._fanout + exchange + (f"/{key}" if key else ""))
+
+    def _binding(self, exchange: str, kind: str, key: str, queue: str) -> tuple[str, str]:
+        """Return the key of kombu's set for an exchange, and a row of it; that has no kind, so that
+        of a fanout exchange is a topic's which matches all."""
+        key, words = "#" if kind == "fanout" else key, {"*": r"[^\.]+", "#": r".*?"}
+        pattern = r"\.".join(words.get(word, re.escape(word)) for word in key.split("."))
+        row = self._sep.join((key, "" if kind == "direct" else f"^{pattern}$", queue))
+        return self._key(f"_kombu.binding.{exchange}"), row
 
     # -- connections -----------------------------------------------------------------------------
 
     def connect(self) -> Any:
         """Return a new connection."""
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-
         options = dict(self._options)
         kind = options.pop("connection_class", self.redis.Connection)
-        connection = kind(**options, protocol=2, retry=Retry(NoBackoff(), 0))
+        retry = self.redis.retry.Retry(self.redis.backoff.NoBackoff(), 0)
+        connection = kind(**options, protocol=2, retry=retry)
         if not self._checked:
             self._check(connection)
             self._checked = True
@@ -2235,18 +2429,16 @@ class RedisStore(Store):
             about = b""
         version = re.search(rb"redis_version:(\d+)", about)
         if b"cluster_enabled:1" in about or version and int(version[1]) < 6:
-            raise OperationalError(
-                f"Redis at {_mask_url(self.url)} is a cluster, or older than Redis 6: taskq needs "
-                "a single server of 6 or later"
-            )
-        keys = [self._key(name) for name in self.KEYS]
-        kinds = self.send(connection, *(("TYPE", key) for key in keys))
-        for key, kind, wanted in zip(keys, kinds, self.KEYS.values()):
+            why = "is a cluster, or older than Redis 6: taskq needs a single server of 6 or later"
+            raise OperationalError(f"Redis at {_mask_url(self.url)} {why}")
+        kinds = self.send(connection, *(("TYPE", key) for key in self._keys))
+        for key, kind, wanted in zip(
+            self._keys, kinds, (b"hash", b"zset", b"zset", b"zset", b"hash")
+        ):
             if kind not in (wanted, b"none"):
-                raise ImproperlyConfigured(
-                    f"the Redis key {key!r} is a {kind.decode()}, not a {wanted.decode()}: rename "
-                    "it, or set global_keyprefix in broker_transport_options"
-                )
+                why = "rename it, or set global_keyprefix in broker_transport_options"
+                text = f"the Redis key {key!r} is a {kind.decode()}, not a {wanted.decode()}: {why}"
+                raise ImproperlyConfigured(text)
 
     def send(self, connection: Any, *commands: Sequence[Any]) -> list[Any]:
         """Send commands at once and return their replies."""
@@ -2258,17 +2450,14 @@ class RedisStore(Store):
         except BaseException as exc:  # an interrupt, too: the next would be given this reply
             connection.disconnect()
             if isinstance(exc, self.errors):
-                text = f"Redis at {_mask_url(self.url)}: {exc}"
-                raise OperationalError(text) from None
+                raise OperationalError(f"Redis at {_mask_url(self.url)}: {exc}") from None
             raise
 
     def _call(self, *commands: Sequence[Any], tries: int = 1) -> list[Any]:
         """Send commands on this thread's connection; what can be repeated has more tries."""
         local = self.local.__dict__
         while True:
-            if local.get("pid") != os.getpid():
-                local.update(pid=os.getpid(), connection=None)
-            connection, local["connection"] = local["connection"], None
+            connection = local.pop("connection", None)
             try:
                 connection = connection or self.connect()
                 replies = self.send(connection, *commands)
@@ -2281,57 +2470,50 @@ class RedisStore(Store):
                 time.sleep(0.2)
 
     def _run(
-        self,
-        commands: Sequence[Sequence[Any]],
-        tags: Sequence[str] = (),
-        owner: int = 0,
-        seq: int = 0,
-        queues: Sequence[str] = (),
-        limit: int = 0,
-        first: int = 0,
-        tries: int = 1,
-        now: float | None = None,
-    ) -> tuple[list[Any], list[Any]]:
-        """Run the script: commands, the end of claims, and new claims from ticket `first` on.
+        self, commands: Any, claim: Any = ((), 0, "", 0, 0), tries: int = 1, now: float = 0.0
+    ) -> list[Any]:
+        """Run the script: commands, and claim (queues, how many, begin of their tags, first ticket,
+        first one that an earlier call may have claimed).
 
-        `seq` numbers the settlements of a worker of this process. Returns rows [list, message,
-        whether it has an ETA] of claims, and [list, message] of chords that are complete.
+        Returns new claims [list, message, whether it has an ETA], chords that are complete [list,
+        message], and the tags that an earlier call has claimed.
         """
-        names = ("unacked", "unacked_index", f"taskq.owner.{owner:x}", "taskq.due")
+        queues, limit, tag, first, sure = claim
         lists = [self._list(queue, step) for step in self._steps for queue in queues]
-        keys = [*map(self._key, names), *lists]
-        before = len(self._prefix.encode())
-        head = (
-            seq,
-            now or time.time(),
-            limit,
-            f"{owner:x}:",
-            first,
-            before,
-            len(queues),
-            len(tags),
-        )
+        owner = self._key(f"taskq.owner.{tag[:-1]}")
+        keys = (self._unacked, self._index, self._due, owner, *lists)
+        prefix = len(self._prefix.encode())
+        head = (now or time.time(), limit, tag, first, sure, prefix, len(queues))
         rest = [item for command in commands for item in (len(command), *command)]
-        script = ("EVALSHA", self._sha, len(keys), *keys, *head, *tags, *rest)
-        verdict, *more = self._call(script, tries=tries)[0]
+        script = ("EVALSHA", self._sha, len(keys), *keys, *head, *rest)
+        verdict, *found = self._call(script, tries=tries)[0]
         if verdict == b"stale":
-            raise StaleClaim(f"another worker has taken over claims of {owner:x}")
+            raise StaleClaim("another worker has taken it over")
         if verdict == b"wrong":
-            raise ValueError(f"the Redis key {more[0].decode()!r} is not a list: rename it")
-        wrong, claims, done = more
+            raise ValueError(f"the Redis key {found[0].decode()!r} is not a list: rename it")
+        wrong, *rows = found
         if wrong:
             worker_logger.error("The Redis key %r is not a list: this queue cannot be read", wrong)
-        return claims, done
+        return rows
 
     # -- messages --------------------------------------------------------------------------------
 
-    def publish(self, deliveries: Sequence[Any], chords: Sequence[Any] = ()) -> None:
+    def publish(self, deliveries: Rows, chords: Rows = (), run: Any = None) -> bool:
         """Push to the lists; those with an ETA too, for a worker of any kind to keep until due."""
         commands = self._commands((), deliveries, chords, ())
-        if len(commands) == 1:
-            self._call(*commands)
-        else:
-            self._run(commands)
+        if run:
+            name, before, now = run
+            commands.append(("expect", self._runs, name, "" if before is None else repr(before)))
+            commands.append(("HSET", self._runs, name, repr(now)))
+            commands.append(("HINCRBY", self._runs + ".count", name, 1))
+        try:
+            if len(commands) > 1:
+                self._run(commands)
+            else:
+                self._call(*commands)
+        except StaleClaim:  # somebody else has sent the run
+            return False
+        return True
 
     def _commands(
         self, results: Any, deliveries: Any, chords: Any, parts: Any, again: int = 0
@@ -2345,7 +2527,7 @@ class RedisStore(Store):
         made += [("LPUSH", *self._body(delivery)) for delivery in deliveries]
         ttl = self.chord_expires
         for chord, number, delivery in chords:
-            key = self._chord_key(chord)
+            key = self.result_key(_CHORD + chord)
             if not number:
                 made.append(("DEL", *(key + end for end in (".j", ".t", ".s", ".d", ".b"))))
                 made.append(("SET", key + ".c", "done", "EX", 300))
@@ -2361,7 +2543,9 @@ class RedisStore(Store):
             result = json.loads(text)["result"] if text.startswith("{") else None  # a pickle
             value = json.dumps([1, id, state, result])
             place, body = "+inf" if place is None else place, self._body(delivery)
-            made.append(("part", self._chord_key(chord), id, place, value, ttl, again, *body))
+            made.append(
+                ("part", self.result_key(_CHORD + chord), id, place, value, ttl, again, *body)
+            )
         return made
 
     def _body(self, delivery: Any) -> tuple[str, str]:
@@ -2371,7 +2555,7 @@ class RedisStore(Store):
         """Ask for the lists and the next due time; for a dozing worker Redis remembers it."""
         lists = [self._list(queue, step) for queue in queues for step in self._steps]
         commands: list[Any] = [("EXISTS", *lists)] if lists else [("ECHO", 0)]
-        commands.append(("ZRANGE", self._key("taskq.due"), 0, 0, "WITHSCORES"))
+        commands.append(("ZRANGE", self._due, 0, 0, "WITHSCORES"))
         bell = getattr(self.local, "bell", None) if lists and self._tracks else None
         if bell is not None:
             on = ("CLIENT", "TRACKING", "ON", "REDIRECT", bell.line_id, "OPTIN")
@@ -2387,148 +2571,125 @@ class RedisStore(Store):
         next_due = float(first[1]) if first else None
         return int(waiting) > 0 or (next_due or 1e99) <= time.time(), next_due
 
-    def settle(
-        self, owner: int, settled: Settled, queues: Sequence[str] = (), limit: int = 0
-    ) -> list[Claim]:
-        """Settle and claim with one script.
-
-        If its reply is lost, the next settlement first finds out what has become of it.
-        """
-        holder = self._holders.get(owner)
-        if holder is None and limit:
-            holder = self._enlist(owner)
-        if holder is None:
-            self._run(self._changes(settled), [claim.key for claim, _ in settled], owner)
+    def settle(self, owner: int, settled: Settled, queues: Any = (), limit: int = 0) -> list[Claim]:
+        """Settle and claim with one script. Should its reply be lost, the next one passes over what
+        it has settled, and finds what it has claimed."""
+        if not limit and owner not in self._holders:
+            self._run(self._changes(settled))
             return []
-        if holder.unsure is not None:
-            self._reconcile(owner, holder)
-        settled = [pair for pair in settled if pair[0].key not in holder.applied]
-        tags = [claim.key for claim, _ in settled]
-        if not holder.held.keys() >= set(tags):
-            raise StaleClaim(f"another worker has taken over claims of {owner:x}")
-        self._turn += 1
-        start = self._turn % max(len(queues), 1)
-        names = [*queues[start:], *queues[:start]] if limit else []
+        holder = self._holders.get(owner) or self._enlist(owner)
+        names = self._in_turn(queues) if limit else []
         changes, first = self._changes(settled), holder.ticket
         holder.ticket += limit + len(changes)  # the ends of chords are claimed too
-        holder.seq += 1
-        holder.unsure = holder.seq, tags
+        tag = f"{owner:x}:"
         try:
-            rows, _ = self._run(changes, tags, owner, holder.seq, names, limit, first)
-        except StaleClaim:
-            holder.held.clear()
-            holder.unsure = None
+            rows, _, strays = self._run(changes, (names, limit, tag, first, holder.sure))
+        except (StaleClaim, ValueError):  # nothing was done
+            holder.ticket = first
             raise
-        holder.unsure = None
-        for tag in tags:
-            del holder.held[tag]
-        claims = []
+        claims = self._read([stray.decode() for stray in strays])
+        claims = [claim for claim in claims if not self._defer(claim)]
         for ticket, (place, raw, eta) in enumerate(rows, first):
-            claim = Claim(f"{owner:x}:{ticket}", ticket, *self._place(place), raw)
-            if not (eta and self._defer(holder, claim)):
-                holder.held[claim.key] = None
+            claim = Claim(f"{tag}{ticket}", ticket, *self._place(place), raw)
+            if not (eta and self._defer(claim)):
                 claims.append(claim)
+        holder.sure = holder.ticket
+        for claim, _ in settled:
+            holder.held.pop(claim.key, None)
+        holder.held.update((claim.key, None) for claim in claims)
         return claims
 
     def _changes(self, settled: Settled) -> list[tuple[Any, ...]]:
         """Return the script's commands for the outcomes of claims."""
+        back = [pair for pair in reversed(settled) if pair[1].verb == "requeue"]
         made: list[tuple[Any, ...]] = []
-        for claim, (verb, results, publish, reason, _, chords, parts) in settled:
-            made += self._commands(results, publish, chords, parts)
-            if verb == "reject":
-                about = {"queue": claim.queue, "rejected_at": time.time(), "reason": str(reason)}
+        # What is put back last, the oldest, is the next again.
+        for claim, end in (*(pair for pair in settled if pair[1].verb != "requeue"), *back):
+            made.append(("end", claim.key))
+            made += self._commands(end.results, end.publish, end.chords, end.parts)
+            if end.verb == "requeue":
+                place = self._list(claim.queue, claim.priority)
+                made.append(("RPUSH", place, end.reason or claim.raw))
+            elif end.verb == "reject":
+                why, at = str(end.reason), time.time()
+                about = {"queue": claim.queue, "rejected_at": at, "reason": why}
                 text, key = json.dumps(about).encode(), self._key("taskq.rejected")
                 made += ("LPUSH", key, text + b"\n" + claim.raw), ("LTRIM", key, 0, 9999)
-        for claim, outcome in reversed(settled):  # so that the oldest is the next again
-            if outcome.verb == "requeue":
-                text = outcome.reason or claim.raw
-                made.append(("RPUSH", self._list(claim.queue, claim.priority), text))
         return made
 
-    def _defer(self, holder: _Holder, claim: Claim) -> bool:
+    def _defer(self, claim: Claim) -> bool:
         """Put a claim aside if its ETA is still to come. Should no worker of ours be left, Celery
         restores it: its time in the index is the ETA."""
-        try:
-            due = _timestamp(claim.message.headers["eta"])
-        except MalformedMessage:  # whoever executes it rejects it
-            due = 0.0
+        due = 0.0
+        with contextlib.suppress(MalformedMessage):  # whoever executes it rejects it
+            due = _timestamp(claim.message.headers.get("eta") or "1970-01-01")
         if due <= time.time():
             return False
-        unacked, index = self._key("unacked"), self._key("unacked_index")
         place = self._list(claim.queue, claim.priority)
         tag = f"due:{claim.key.replace(':', '.')}:{place}"
         value = b'[%b,"",%b]' % (claim.raw, json.dumps(claim.queue).encode())
-        commands = [("ZADD", name, due, tag) for name in (index, self._key("taskq.due"))]
-        try:
-            self._run([("HSET", unacked, tag, value), *commands], [claim.key])
-        except OperationalError:  # a claim that nobody holds: it is given back the next time
-            holder.unsure = holder.seq, []
+        aside = [("ZADD", key, due, tag) for key in (self._index, self._due)]
+        self._run([("end", claim.key), ("HSET", self._unacked, tag, value), *aside])
         return True
 
     def begun(self, claims: Sequence[Claim]) -> None:
         """Take claims that have begun, and must not run again, from where others restore them."""
-        self._call(("ZREM", self._key("unacked_index"), *(claim.key for claim in claims)))
+        self._call(("ZREM", self._index, *(claim.key for claim in claims)))
 
     def purge(self, queue: str) -> int:
         """Delete the lists, and what waits for its ETA."""
         lists = [self._list(queue, step) for step in self._steps]
-        tags = self._call(("ZRANGE", self._key("taskq.due"), 0, -1))[0]
+        tags = self._call(("ZRANGE", self._due, 0, -1))[0]
         tags = [tag for tag in tags if tag.split(b":", 2)[2].decode() in lists]
         commands = [("LLEN", key) for key in lists] + [("DEL", *lists)]
-        if tags:
-            commands += [
-                ("ZREM", self._key(name), *tags) for name in ("taskq.due", "unacked_index")
-            ]
-            commands.append(("HDEL", self._key("unacked"), *tags))
+        for tag in tags:
+            commands += ("ZREM", self._due, tag), ("ZREM", self._index, tag)
+            commands.append(("HDEL", self._unacked, tag))
         return sum(self._call(("MULTI",), *commands, ("EXEC",))[-1][: len(lists)]) + len(tags)
 
     # -- heartbeats and recovery -----------------------------------------------------------------
 
-    def _enlist(self, owner: int) -> _Holder:
+    def _enlist(self, owner: int) -> types.SimpleNamespace:
         """Begin with the heartbeats of a worker of this process."""
-        self._holders[owner] = _Holder()
-        try:
-            self._beat_once()
-        except OperationalError:
-            del self._holders[owner]
-            raise
+        holder = types.SimpleNamespace(held={}, ticket=1, sure=1)
+        self._beat_once({owner: holder})
+        self._holders[owner] = holder
         if self._beating is None or not self._beating.is_alive():
             self._beating = threading.Thread(target=self._beat, name="taskq heartbeat", daemon=True)
             self._beating.start()
-        return self._holders[owner]
+        return holder
 
     def _beat(self) -> None:
         """Beat for the workers of this process while there are any: in a thread, since a task of
         the solo pool may keep the main one."""
         while self._holders:
             time.sleep(min(self.BEAT, self._visibility / 3))
-            with contextlib.suppress(OperationalError):
-                self._strike_out()
-                self._beat_once()
-        self.local.connection = None
+            with contextlib.suppress(OperationalError), self._beats:
+                self._beat_once(self._holders)
+        self.local.__dict__.clear()
 
-    def _strike_out(self) -> None:
-        """Forget the workers of this process that have ended. The last one of all puts back what
-        waits for its ETA: those that are left may be Celery's."""
-        here = {os.path.basename(path) for path in list(Journal.own)}
-        ended = [owner for owner in list(self._holders) if f"{owner:x}.journal" not in here]
-        for owner in ended:
-            self._holders.pop(owner, None)
-            key, alive = self._key("taskq.workers"), self._now() - self.DEAD
-            left = self._call(("ZREM", key, f"{owner:x}"), ("ZCOUNT", key, alive, "+inf"))[1]
-            while not left and self._call(("ZCARD", self._key("taskq.due")))[0]:
-                self._run((), limit=1, now=float("inf"))
-
-    def _beat_once(self) -> None:
-        """Show that the workers of this process live, and renew their claims."""
+    def _beat_once(self, holders: dict[int, types.SimpleNamespace]) -> None:
+        """Show that workers live, and renew their claims."""
         now, commands = self._now(), []  # type: float, list[tuple[Any, ...]]
-        for owner, holder in list(self._holders.items()):
-            commands.append(("ZADD", self._key("taskq.workers"), now, f"{owner:x}"))
+        for owner, holder in list(holders.items()):
+            commands.append(("ZADD", self._workers, now, f"{owner:x}"))
             times = [item for tag in list(holder.held) for item in (time.time(), tag)]
             if times:
-                commands.append(("ZADD", self._key("unacked_index"), "XX", *times))
+                commands.append(("ZADD", self._index, "XX", *times))
         if commands:
             self._call(*commands)
+
+    def leave(self, owner: int) -> None:
+        """End a worker's heartbeats. The last one of all puts back what waits for its ETA: those
+        that are left may be Celery's."""
+        with contextlib.suppress(OperationalError, KeyError):
+            with self._beats:
+                del self._holders[owner]
+            alive = ("ZCOUNT", self._workers, self._now() - self.DEAD, "+inf")
+            forget = ("DEL", self._key(f"taskq.owner.{owner:x}"))
+            left = self._call(("ZREM", self._workers, f"{owner:x}"), forget, alive)[-1]
+            while not left and self._call(("ZCARD", self._due))[0]:
+                self._run((), ((), 1, "", 0, 0), now=float("inf"))
 
     def _now(self) -> float:
         """Return the server's time: the clocks of machines may differ by more than a heartbeat."""
@@ -2539,7 +2700,7 @@ class RedisStore(Store):
         """Recover also the claims of workers whose heart has stopped, and what has been claimed for
         longer than the visibility time-out."""
         count, now = super().recover(lost, settle), time.monotonic()
-        workers, index = self._key("taskq.workers"), self._key("unacked_index")
+        workers, index = self._workers, self._index
         if now - self._looked > 2 * self.BEAT:  # perhaps nobody could beat: let them do it first
             self._up_since = now
         self._looked = now
@@ -2550,8 +2711,7 @@ class RedisStore(Store):
         )
         for name in names if now - self._up_since > 2 * self.BEAT else ():
             owner = int(name, 16)
-            if not os.path.exists(os.path.join(self.folder or "", f"{owner:x}.journal")):
-                self._call(("SET", self._key(f"taskq.owner.{owner:x}"), "dead", "EX", 86400))
+            if not os.path.exists(os.path.join(self.folder, f"{owner:x}.journal")):
                 claims = self.claims_of(owner)
                 times = self._call(*(("ZSCORE", index, claim.key) for claim in claims))
                 ends = {c.ticket: ACKS_LATE if at else 0 for c, at in zip(claims, times)}
@@ -2564,54 +2724,35 @@ class RedisStore(Store):
         return count + len(claims)
 
     def claims_of(self, owner: int) -> list[Claim]:
-        """Read the hash."""
-        tags = [tag.decode() for tag in self._call(("HKEYS", self._key("unacked")))[0]]
+        tags = [tag.decode() for tag in self._call(("HKEYS", self._unacked))[0]]
         claims = self._read([tag for tag in tags if tag.startswith(f"{owner:x}:")])
         return sorted(claims, key=lambda claim: claim.ticket)
 
     def _read(self, tags: Sequence[str]) -> list[Claim]:
         """Return the claims with these tags."""
         found = []
-        values = self._call(("HMGET", self._key("unacked"), *tags))[0] if tags else ()
+        values = self._call(("HMGET", self._unacked, *tags))[0] if tags else ()
         for tag, raw in zip(tags, values):
             ticket, queue, priority = tag.rpartition(":")[2], "", 0
             if raw is None:
-                self._call(("ZREM", self._key("unacked_index"), tag))
+                self._call(("ZREM", self._index, tag))
                 continue
-            ours = re.fullmatch(rb'\[(.*),"",("[^\n]*")\]', raw, re.DOTALL)
+            kept = re.fullmatch(rb'\[(.*), ?("[^\n]*"), ?("[^\n]*")\]', raw, re.DOTALL)
+            if kept:
+                exchange, queue = json.loads(kept[2]), json.loads(kept[3])
+                queue = next(iter(self.bound(exchange, queue) if exchange else ()), queue)
+                raw = kept[1]
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-                if ours:
-                    raw, queue = ours[1], json.loads(ours[2])
-                    message = json.loads(raw)
-                else:
-                    message, exchange, queue = json.loads(raw)
-                    raw = json.dumps(message).encode()
-                    queue = next(iter(self.bound(exchange, queue) if exchange else ()), queue)
-                priority = message["properties"].get("priority") or 0
+                priority = json.loads(raw)["properties"].get("priority") or 0
             number = int(ticket) if ticket.isdigit() else 0
             found.append(Claim(tag, number, queue, priority, raw))
         return found
-
-    def _reconcile(self, owner: int, holder: _Holder) -> None:
-        """After a lost reply: find out whether the settlement was applied, and give back what it
-        has claimed."""
-        seq, tags = holder.unsure or (0, [])
-        last = self._call(("GET", self._key(f"taskq.owner.{owner:x}")))[0]
-        strays = [claim for claim in self.claims_of(owner) if claim.key not in holder.held]
-        if strays:
-            changes = self._changes([(claim, _GIVE_BACK) for claim in strays])
-            self._run(changes, [claim.key for claim in strays], owner)
-        if last == b"%d" % seq:
-            holder.applied.update(tags)
-            for tag in tags:
-                del holder.held[tag]
-        holder.unsure = None
 
     # -- results ---------------------------------------------------------------------------------
 
     def put_results(self, results: Sequence[Sequence[Any]], parts: Sequence[Any] = ()) -> list[Any]:
         """Set and publish results, count parts; return the deliveries of complete chords."""
-        _, done = self._run(self._commands(results, (), (), parts, again=1), tries=self.TRIES)
+        _, done, _ = self._run(self._commands(results, (), (), parts, again=1), tries=self.TRIES)
         return [Delivery(*self._place(place), None, text.decode()) for place, text in done]
 
     def get_results(self, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -2623,52 +2764,79 @@ class RedisStore(Store):
         return found
 
     def chord_parts(self, chord: str) -> list[str]:
-        """Read the chord's sorted set."""
-        rows = self._call(("ZRANGE", self._chord_key(chord) + ".j", 0, -1), tries=self.TRIES)[0]
+        rows = self._call(
+            ("ZRANGE", self.result_key(_CHORD + chord) + ".j", 0, -1), tries=self.TRIES
+        )[0]
         return [json.loads(row)[1] for row in rows]
 
     def forget(self, ids: Sequence[str]) -> None:
-        """Delete keys."""
         if ids:
             self._call(("DEL", *map(self.result_key, ids)), tries=self.TRIES)
 
     # -- bindings and housekeeping ---------------------------------------------------------------
 
     def bind(self, exchange: str, kind: str, routing_key: str, queue: str) -> None:
-        """Add to kombu's sets."""
-        pattern = _topic_pattern(routing_key) if kind == "topic" else ""
-        row = self._sep.join((routing_key, pattern, queue))
-        self._call(
-            ("SADD", self._key(f"_kombu.binding.{exchange}"), row),
-            ("SADD", self._key(f"_kombu.binding_permanent.{exchange}"), row),
-            ("HSET", self._key("taskq.exchanges"), exchange, kind),
-        )
+        key, row = self._binding(exchange, kind, routing_key, queue)
+        permanent = self._key(f"_kombu.binding_permanent.{exchange}")
+        self._call(("SADD", key, row), ("SADD", permanent, row))
 
     def bindings(self, exchange: str) -> list[tuple[str, str, str]]:
-        """Read kombu's set of an exchange."""
-        rows, kind = self._call(
-            ("SMEMBERS", self._key(f"_kombu.binding.{exchange}")),
-            ("HGET", self._key("taskq.exchanges"), exchange),
-        )
-        found = []
-        for row in sorted(rows):
-            key, pattern, queue = row.decode().split(self._sep)
-            found.append((kind.decode() if kind else "topic" if pattern else "direct", key, queue))
-        return found
+        rows = sorted(self._call(("SMEMBERS", self._key(f"_kombu.binding.{exchange}")))[0])
+        found = (row.decode().split(self._sep) for row in rows)
+        return [("topic" if pattern else "direct", key, queue) for key, pattern, queue in found]
+
+    # -- posts and periodic tasks ----------------------------------------------------------------
+
+    def fan_out(self, kind: str, exchange: str, posts: Sequence[Any]) -> int:
+        """Publish posts; push replies to the lists that are bound."""
+        made: list[Any] = []
+        for key, text in posts:
+            if kind == "direct":
+                for name in map(self._key, self.bound(exchange, key)):
+                    made += ("LPUSH", name, text), ("EXPIRE", name, 3600)
+            else:
+                made.append(("PUBLISH", self._channel(exchange, key), text))
+        return sum(self._call(*made))
+
+    def subscribe(self, kind: str, exchange: str, key: str, queue: str, bell: Any) -> Inbox:
+        """Let the bell subscribe to a channel, or bind a list to a 'direct' exchange."""
+        if kind != "direct":
+            pattern = self._channel(exchange, key.replace("#", "*"))
+            read = functools.partial(bell.take_posts, pattern)
+            return Inbox([f"e:{pattern}"], read, functools.partial(bell.listen, ()))
+        binding, place = self._binding(exchange, kind, key, queue), self._key(queue)
+
+        def pop() -> list[str]:
+            take = (("MULTI",), ("LRANGE", place, 0, -1), ("DEL", place), ("EXEC",))
+            found = self._call(*take)[-1][0] if self.look([queue])[0] else []
+            return [text.decode("utf-8", "replace") for text in reversed(found)]
+
+        def close() -> None:
+            bell.listen(())
+            self._call(("SREM", *binding), ("DEL", place))
+
+        self._call(("SADD", *binding))
+        return Inbox([f"q:{queue}"], pop, close)
+
+    def scheduled(self, queues: Sequence[str]) -> list[Claim]:
+        lists = {self._list(queue, step) for queue in queues for step in self._steps}
+        tags = [tag.decode() for tag in self._call(("ZRANGE", self._due, 0, 999))[0]]
+        return self._read([tag for tag in tags if tag.split(":", 2)[2] in lists])
+
+    def due_runs(self) -> dict[str, tuple[float, int]]:
+        last, counts = self._call(("HGETALL", self._runs), ("HGETALL", self._runs + ".count"))
+        count = dict(zip(counts[::2], counts[1::2]))
+        pairs = zip(last[::2], last[1::2])
+        return {name.decode(): (float(at), int(count[name])) for name, at in pairs}
 
     def sweep(self) -> None:
-        """Remove dead processes' files; results expire by themselves."""
         self.bells.sweep()
 
     def close(self) -> None:
-        """Close this thread's connection and the bells that nobody uses."""
-        with contextlib.suppress(OperationalError):
-            self._strike_out()
-        local = self.local.__dict__
-        local.pop("bell", None)
+        connection = self.local.__dict__.pop("connection", None)
+        self.local.__dict__.clear()
         self.bells.clear()
-        connection, local["connection"] = local.get("connection"), None
-        if connection is not None and local["pid"] == os.getpid():
+        if connection is not None:
             connection.disconnect()
 
 
@@ -2680,12 +2848,6 @@ def _state_of(text: bytes) -> tuple[str, str]:
 
     names = [value for _, value, _ in pickletools.genops(text) if isinstance(value, str)]
     return names[names.index("status") + 1], _encode_base64(text)
-
-
-def _topic_pattern(key: str) -> str:
-    """Return the pattern that kombu keeps beside a topic binding's key."""
-    words = {"*": r"[^\.]+", "#": r".*?"}
-    return "^" + r"\.".join(words.get(word, re.escape(word)) for word in key.split(".")) + "$"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2708,10 +2870,8 @@ _thread = _Threads()
 
 @contextlib.contextmanager
 def allow_join_result(allowed: bool = True) -> Iterator[None]:
-    """Let a task wait for other tasks: `with allow_join_result(): result.get()`.
-
-    The processes that wait are missing where the others should run: mind deadlocks.
-    """
+    """Let a task wait for others: `with allow_join_result(): result.get()`. Mind deadlocks: where
+    all processes wait, none is left for those others."""
     before, _thread.may_join = _thread.may_join, allowed
     try:
         yield
@@ -2719,27 +2879,18 @@ def allow_join_result(allowed: bool = True) -> Iterator[None]:
         _thread.may_join = before
 
 
-def denied_join_result() -> Any:
-    """Forbid this thread to wait for results, as in tasks."""
-    return allow_join_result(False)
-
-
-def result_row(
-    app: Any, request: Any, state: str, value: Any, traceback: str | None = None
-) -> tuple[str, str, str, float | None]:
+def result_row(app: Any, request: Any, state: str, value: Any, traceback: Any = None) -> Any:
     """Return what a store keeps of a task: (id, state, meta text, seconds to keep it or None).
 
-    The meta is Celery's, as JSON or base64 of a pickle. request: the task's id, group, parent_id
-    and children, with `result_extended` more. Raises EncodeError if a return value cannot be
-    serialized; an exception is, in the worst case, by its repr.
+    The meta is Celery's, as JSON or base64 of a pickle. Raises EncodeError if a return value cannot
+    be serialized; an exception is, in the worst case, by its repr.
     """
     conf = app.conf
-    seconds = conf.seconds("result_failure_expires") if state == FAILURE else None
-    if seconds is None:
-        seconds = conf.seconds("result_expires")
+    fails = state == FAILURE and conf.result_failure_expires is not None
+    seconds = conf.seconds("result_failure_expires" if fails else "result_expires")
     if isinstance(value, BaseException) and conf.result_serializer == "json":
         value = encode_exception(value)
-    elif isinstance(value, (AsyncResult, GroupResult)):
+    elif isinstance(value, ResultBase):
         value = value.as_tuple()
     meta = {
         "status": state,
@@ -2785,14 +2936,6 @@ def decode_result(app: Any, text: str) -> dict[str, Any]:
     return meta
 
 
-def _lineage(result: Any) -> list[Any]:
-    """Return a result, its parent, that one's parent, and so on."""
-    found = [result]
-    while found[-1].parent is not None:
-        found.append(found[-1].parent)
-    return found
-
-
 def _metas(leaves: Sequence[Any]) -> list[dict[str, Any]]:
     """Return the metas of tasks; those whose ends are not known yet are read in one go."""
     unread = [leaf.id for leaf in leaves if leaf._cache is None]
@@ -2808,21 +2951,29 @@ class ResultBase:
     """What the result of one task and those of several have in common."""
 
     app: Any
+    id: Any = None
     #: The result of what was before it in a chain; of a chord's body, that of its header.
     parent: Any = None
+    #: The results that it is made of; None if it is one task's.
+    _parts: Any = None
     #: Whether it is of a task that was sent with `ignore_result`.
     ignored = False
     _backend: Any = None
-    _value: Any
 
-    @property
-    def backend(self) -> Store:
-        """The store that keeps it."""
-        return self._backend or self.app.backend
+    backend = property(lambda result: result._backend or result.app.backend, doc="Its store.")
 
     def _flat(self) -> list[Any]:
         """Return the results of single tasks in it."""
-        return [self]
+        if self._parts is None:
+            return [self]
+        return [leaf for result in self._parts for leaf in result._flat()]
+
+    def _lineage(self) -> list[Any]:
+        """Return it, its parent, that one's parent, and so on."""
+        found = [self]
+        while found[-1].parent is not None:
+            found.append(found[-1].parent)
+        return found
 
     def get(
         self,
@@ -2842,8 +2993,7 @@ class ResultBase:
 
         timeout: seconds, for all together, after which TimeoutError is raised; None waits for ever.
         propagate: raise the first error, as soon as it is known; otherwise errors are returned.
-        callback: called with each id and result; those of several are then not returned.
-        on_interval: called every `interval` seconds while waiting.
+        callback: called with each id and result; on_interval: every `interval` seconds meanwhile.
         disable_sync_subtasks: raise RuntimeError inside a task.
         progress: draw a bar meanwhile, on a terminal or in a notebook, of its tasks and those of
         its parents: a chain's steps, a chord's header. The others, of Celery's, change nothing.
@@ -2858,11 +3008,17 @@ class ResultBase:
                 "See README, 'Calling': another process may be missing, or use allow_join_result()."
             )
         wanted = [leaf for leaf in self._flat() if not leaf.ignored]
-        also = [leaf for node in _lineage(self)[1:] for leaf in node._flat()] if progress else ()
+        also = [leaf for node in self._lineage()[1:] for leaf in node._flat()] if progress else ()
         for leaf in _as_they_end(wanted, also, progress, timeout, interval, on_interval):
             if propagate:
                 leaf.maybe_throw()
-        return self._value(propagate, callback)
+        return self.maybe_throw(propagate, callback)
+
+    wait = join = join_native = get
+
+    def maybe_throw(self, propagate: bool = True, callback: Any = None) -> Any:
+        """Return the result or results as they are now, or raise the first error; as `get`."""
+        return [result.maybe_throw(propagate, callback) for result in self._parts]
 
     def _states(self) -> set[str]:
         return {meta["status"] for meta in _metas(self._flat())}
@@ -2886,17 +3042,40 @@ class ResultBase:
         for leaf in leaves:
             leaf._cache = None
 
-    def revoke(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not available in this version."""
-        raise _unavailable(f"{type(self).__name__}.revoke")
+    def revoke(self, connection: Any = None, wait: bool = False, **how: Any) -> Any:
+        """Have workers not run its tasks; `terminate=True`, `signal` (by default SIGTERM): also end
+        those that run. wait: return the workers' replies, of `timeout` seconds."""
+        ids = [leaf.id for leaf in self._flat()]
+        return self.app.control.revoke(ids, reply=wait, **how)
 
-    def as_list(self) -> list[str]:
-        """Return the ids of its tasks and of its parents'."""
-        return [leaf.id for node in _lineage(self) for leaf in node._flat()]
+    def as_tuple(self) -> Any:
+        """Return the result as nested tuples that JSON can hold; see `result_from_tuple`."""
+        parts = None if self._parts is None else [result.as_tuple() for result in self._parts]
+        return (self.id, self.parent and self.parent.as_tuple()), parts
+
+    def __str__(self) -> str:
+        return str(self.id)
+
+    def __repr__(self) -> str:
+        shown = [] if self.id is None else [str(self.id)]
+        if self._parts is not None:
+            shown.append(f"[{', '.join(result.id for result in self._parts)}]")
+        return f"<{type(self).__name__}: {' '.join(shown)}>"
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __eq__(self, other: Any) -> bool:
+        if isinstance(other, ResultBase):
+            return (self.id, self._parts) == (other.id, other._parts)
+        return other == self.id if isinstance(other, str) else NotImplemented
+
+    def __reduce__(self) -> Any:
+        return result_from_tuple, (self.as_tuple(),)
 
 
 def _of_meta(key: str, doc: str) -> Any:
-    return property(lambda result: result._meta().get(key), doc=doc)
+    return property(lambda result: _metas([result])[0].get(key), doc=doc)
 
 
 class AsyncResult(ResultBase):
@@ -2908,12 +3087,7 @@ class AsyncResult(ResultBase):
     TimeoutError = TimeoutError
 
     def __init__(
-        self,
-        id: str,
-        backend: Any = None,
-        task_name: Any = None,
-        app: Any = None,
-        parent: Any = None,
+        self, id: str, backend: Any = None, *, app: Any = None, parent: Any = None, **_: Any
     ) -> None:
         if id is None:
             raise ValueError(f"AsyncResult requires valid id, not {type(id)}")
@@ -2925,20 +3099,17 @@ class AsyncResult(ResultBase):
 
     task_id = property(lambda result: result.id, doc="The id, by its other name.")
 
-    def _meta(self) -> dict[str, Any]:
-        return _metas([self])[0]
-
     def _keep(self, pair: tuple[str, str]) -> dict[str, Any]:
         meta = decode_result(self.app, pair[1])
         if meta["status"] in READY_STATES:
             self._cache = meta
         return meta
 
-    wait = ResultBase.get
-
     def maybe_throw(self, propagate: bool = True, callback: Any = None) -> Any:
-        """Return the result, or raise the error of a task that failed."""
-        meta = self._meta()
+        """Return the result as it is now, or raise the error of a task that failed."""
+        if self.ignored:
+            return None
+        (meta,) = _metas([self])
         value = meta["result"]
         if propagate and meta["status"] in PROPAGATE_STATES:
             if meta.get("traceback") and value.__cause__ is None:
@@ -2948,17 +3119,8 @@ class AsyncResult(ResultBase):
             callback(self.id, value)
         return value
 
-    maybe_reraise = maybe_throw
-
-    def _value(self, propagate: bool, callback: Any) -> Any:
-        return None if self.ignored else self.maybe_throw(propagate, callback)
-
-    state = status = _of_meta(
-        "status", "PENDING, STARTED, RETRY, FAILURE, SUCCESS, REVOKED, or a state of its own."
-    )
-    result = info = _of_meta(
-        "result", "The return value, the exception of a task that failed, or `update_state`'s meta."
-    )
+    state = status = _of_meta("status", "PENDING, STARTED, SUCCESS, ..., or a state of its own.")
+    result = info = _of_meta("result", "What it returned or raised, or `update_state`'s meta.")
     traceback = _of_meta("traceback", "The traceback of a task that failed, as text.")
     children = _of_meta("children", "The results of the tasks that this one called.")
     name = _of_meta("name", "The task's name; this and the next five need `result_extended`.")
@@ -2971,14 +3133,12 @@ class AsyncResult(ResultBase):
     @property
     def date_done(self) -> datetime | None:
         """When the task had its end, in UTC."""
-        value = self._meta().get("date_done")
+        value = _metas([self])[0].get("date_done")
         return _parse_time(value) if isinstance(value, str) else value
 
     def iterdeps(self, intermediate: bool = False) -> Iterator[tuple[Any, Any]]:
-        """Yield (parent, result) of this task, of those that it has called, and of theirs.
-
-        IncompleteStream is raised at one that has no end yet, unless `intermediate`.
-        """
+        """Yield (parent, result) of this task, of those that it has called, and of theirs. Raises
+        IncompleteStream at one that has no end yet, unless `intermediate`."""
         queue = collections.deque([(None, self)])  # type: collections.deque[tuple[Any, Any]]
         while queue:
             parent, node = queue.popleft()
@@ -2986,56 +3146,22 @@ class AsyncResult(ResultBase):
             if node.ready():
                 queue.extend((node, child) for child in node.children or ())
             elif not intermediate:
-                raise globals()["IncompleteStream"]()
+                raise IncompleteStream
 
     def collect(self, intermediate: bool = False, **options: Any) -> Iterator[tuple[Any, Any]]:
         """Yield (result, its value) of this task and all that it has called; options as `get`'s."""
         for _, node in self.iterdeps(intermediate):
             yield node, node.get(**options)
 
-    def get_leaf(self) -> Any:
-        """Return the value of the last task that this one and those it called have called."""
-        return [value for _, value in self.collect()][-1]
-
-    def as_tuple(self) -> tuple[Any, None]:
-        """Return the result as a nested tuple that JSON can hold."""
-        return (self.id, self.parent and self.parent.as_tuple()), None
-
-    def __str__(self) -> str:
-        return str(self.id)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.id}>"
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    def __eq__(self, other: Any) -> bool:
-        if isinstance(other, AsyncResult):
-            return other.id == self.id
-        return other == self.id if isinstance(other, str) else NotImplemented
-
-    def __copy__(self) -> AsyncResult:
-        return type(self)(self.id, self._backend, None, self.app, self.parent)
-
-    def __reduce__(self) -> Any:
-        return type(self), (self.id, None, None, None, self.parent)
-
 
 class EagerResult(AsyncResult):
     """The result of a task that `apply` has run here: no store has it."""
 
     def __init__(
-        self,
-        id: str,
-        ret_value: Any,
-        state: str,
-        traceback: Any = None,
-        name: Any = None,
-        app: Any = None,
+        self, id: str, ret_value: Any, state: str, traceback: Any = None, *_: Any, app: Any = None
     ) -> None:
         super().__init__(id, app=app)
-        self._cache = {"status": state, "result": ret_value, "traceback": traceback, "name": name}
+        self._cache = {"status": state, "result": ret_value, "traceback": traceback}
 
     def ready(self) -> bool:
         """Return True."""
@@ -3044,9 +3170,12 @@ class EagerResult(AsyncResult):
     def forget(self) -> None:
         """Do nothing."""
 
+    def revoke(self, *args: Any, **kwargs: Any) -> None:
+        """Let it be REVOKED: the task itself has ended already."""
+        self._cache = {"status": REVOKED, "result": TaskRevokedError("revoked")}
+
     def __reduce__(self) -> Any:
-        meta = self._meta()
-        return type(self), (self.id, meta["result"], meta["status"], meta["traceback"])
+        return type(self), (self.id, self.result, self.state, self.traceback)
 
 
 def _as_they_end(wanted: Any, also: Any, progress: bool, *how: Any) -> Iterator[AsyncResult]:
@@ -3057,50 +3186,39 @@ def _as_they_end(wanted: Any, also: Any, progress: bool, *how: Any) -> Iterator[
     missing = {leaf.id for leaf in wanted} & unknown.keys()
     if not missing:
         return
-    with contextlib.closing(Progress(len(unknown), progress)) as bar:
+    began = drawn = time.monotonic()
+    seen = "ipykernel" in sys.modules or sys.stderr is not None and sys.stderr.isatty()
+    ends: list[str] = []
+    try:
         for found in wanted[0].backend.wait(list(unknown), *how):
             for id, pair in found.items():
-                bar.add(unknown[id]._keep(pair)["status"])
+                ends.append(unknown[id]._keep(pair)["status"])
                 yield unknown[id]
             missing -= found.keys()
             if not missing:
                 return
+            if progress and seen and time.monotonic() - drawn > 0.1:
+                drawn = time.monotonic()
+                _draw_bar(len(unknown), ends, drawn - began)
+    finally:
+        if progress and seen:
+            _draw_bar(len(unknown), ends, time.monotonic() - began, "\n")
 
 
-class Progress:
-    """A bar that shows how far a long wait has come; silent where nobody looks at it."""
-
-    def __init__(self, total: int, wanted: bool) -> None:
-        self.total, self.done, self.failed = total, 0, 0
-        self.began = time.monotonic()
-        self._drawn = 0.0
-        seen = "ipykernel" in sys.modules or sys.stderr is not None and sys.stderr.isatty()
-        self._live = wanted and seen
-
-    def add(self, state: str) -> None:
-        """Count one more that has ended."""
-        self.done += 1
-        self.failed += state != SUCCESS
-        if self._live and time.monotonic() - self._drawn > 0.1:
-            self._draw("")
-
-    def _draw(self, end: str) -> None:
-        self._drawn = time.monotonic()
-        rate = self.done / max(self._drawn - self.began, 1e-6)
-        filled = 30 * self.done // max(1, self.total)
-        text = f"[{'#' * filled:<30}] {self.done}/{self.total}  {rate:,.0f}/s"
-        text += f"  {self.failed} failed" if self.failed else ""
-        text += f"  {(self.total - self.done) / rate:.0f} s left" if rate else ""
-        print(f"\r{text:<78}", end=end, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Show the end."""
-        if self._live:
-            self._draw("\n")
+def _draw_bar(total: int, ends: list[str], seconds: float, end: str = "") -> None:
+    """Show how far a long wait has come: the states of the tasks that have ended so far."""
+    done, rate = len(ends), len(ends) / max(seconds, 1e-6)
+    failed = done - ends.count(SUCCESS)
+    text = f"[{'#' * (30 * done // total):<30}] {done}/{total}  {rate:,.0f}/s"
+    text += f"  {failed} failed" if failed else ""
+    text += f"  {(total - done) / rate:.0f} s left" if rate else ""
+    print(f"\r{text:<78}", end=end, file=sys.stderr, flush=True)
 
 
 class ResultSet(ResultBase):
     """Several results as one: `ResultSet([add.delay(1, 1), add.delay(2, 2)]).get()`."""
+
+    _parts = property(lambda several: several.results)
 
     def __init__(self, results: Iterable[Any], app: Any = None, **_: Any) -> None:
         self.results: list[Any] = list(results)
@@ -3111,29 +3229,6 @@ class ResultSet(ResultBase):
         if result not in self.results:
             self.results.append(result)
 
-    def remove(self, result: Any) -> None:
-        """Take a result (or id) out; KeyError if it is not there."""
-        if result not in self.results:
-            raise KeyError(result)
-        self.results.remove(result)
-
-    def discard(self, result: Any) -> None:
-        """Take a result out, if it is there."""
-        if result in self.results:
-            self.results.remove(result)
-
-    def update(self, results: Iterable[Any]) -> None:
-        """Add those results that are not there."""
-        for result in results:
-            self.add(result)
-
-    def clear(self) -> None:
-        """Take all results out."""
-        self.results.clear()
-
-    def _flat(self) -> list[Any]:
-        return [leaf for result in self.results for leaf in result._flat()]
-
     def waiting(self) -> bool:
         """Return whether one has no end yet."""
         return not self.ready()
@@ -3142,37 +3237,11 @@ class ResultSet(ResultBase):
         """Return how many ended well."""
         return sum(meta["status"] == SUCCESS for meta in _metas(self._flat()))
 
-    def maybe_throw(self, callback: Any = None, propagate: bool = True) -> None:
-        """Raise the error of the first task that failed."""
-        for result in self.results:
-            result.maybe_throw(callback=callback, propagate=propagate)
-
-    maybe_reraise = maybe_throw
-    join = join_native = ResultBase.get
-
-    def _value(self, propagate: bool, callback: Any) -> list[Any]:
-        values = [result._value(propagate, callback) for result in self.results]
-        return [] if callback else values
-
-    def iter_native(self, timeout: Any = None, interval: float = 0.5, **_: Any) -> Iterator[Any]:
-        """Yield (id, meta) as tasks come to their ends."""
-        for leaf in _as_they_end(self._flat(), (), False, timeout, interval, None):
-            yield leaf.id, leaf._cache
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.results)
-
     def __getitem__(self, index: Any) -> Any:
         return self.results[index]
 
     def __len__(self) -> int:
         return len(self.results)
-
-    def __eq__(self, other: Any) -> bool:
-        return other.results == self.results if isinstance(other, ResultSet) else NotImplemented
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__}: [{', '.join(result.id for result in self.results)}]>"
 
 
 class GroupResult(ResultSet):
@@ -3190,60 +3259,35 @@ class GroupResult(ResultSet):
 
     children = property(lambda group: group.results, doc="The results.")
 
-    def as_tuple(self) -> Any:
-        """Return the group as nested tuples that JSON can hold; see `result_from_tuple`."""
-        parent = self.parent and self.parent.as_tuple()
-        return (self.id, parent), [result.as_tuple() for result in self.results]
-
-    def save(self, backend: Any = None) -> None:
+    def save(self) -> None:
         """Keep the group in the store, for `GroupResult.restore(id)`."""
         row = (self.SAVED.format(self.id), "SAVED", _json_encode({"result": self.as_tuple()}))
-        store, seconds = backend or self.backend, self.app.conf.seconds("result_expires")
-        store.put_results([(*row, seconds)])
+        self.backend.put_results([(*row, self.app.conf.seconds("result_expires"))])
 
-    def delete(self, backend: Any = None) -> None:
+    def delete(self) -> None:
         """Remove a saved group from the store; its tasks' results stay."""
-        (backend or self.backend).forget([self.SAVED.format(self.id)])
+        self.backend.forget([self.SAVED.format(self.id)])
 
     @classmethod
-    def restore(cls, id: str, backend: Any = None, app: Any = None) -> GroupResult | None:
+    def restore(cls, id: str, app: Any = None) -> GroupResult | None:
         """Return the group that was saved under an id, or None."""
         app, key = app_or_default(app), cls.SAVED.format(id)
-        found = (backend or app.backend).get_results([key]).get(key)
+        found = app.backend.get_results([key]).get(key)
         return found and result_from_tuple(json.loads(found[1])["result"], app)
 
     def __bool__(self) -> bool:
         return bool(self.id or self.results)
 
-    def __eq__(self, other: Any) -> bool:
-        if isinstance(other, GroupResult):
-            mine = self.id, self.results, self.parent
-            return mine == (other.id, other.results, other.parent)
-        return other == self.id if isinstance(other, str) else NotImplemented
-
-    __hash__, __str__ = AsyncResult.__hash__, AsyncResult.__str__  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"<GroupResult: {self.id} [{', '.join(result.id for result in self.results)}]>"
-
-    def __reduce__(self) -> Any:
-        return result_from_tuple, (self.as_tuple(),)
-
 
 def result_from_tuple(found: Any, app: Any = None) -> Any:
     """Return the result that `as_tuple` has described."""
-    app = app_or_default(app)
-    if isinstance(found, (AsyncResult, ResultSet)):
+    if isinstance(found, ResultBase):
         return found
     (id, parent), nodes = found if isinstance(found[0], (list, tuple)) else ((found[0], None), None)
-    parent = result_from_tuple(parent, app) if parent else None
+    app, parent = app_or_default(app), parent and result_from_tuple(parent, app)
     if nodes is None:
         return AsyncResult(id, app=app, parent=parent)
     return GroupResult(id, [result_from_tuple(node, app) for node in nodes], parent, app=app)
-
-
-def _unavailable(name: str) -> NotImplementedError:
-    return NotImplementedError(f"{name} is not available in taskq {__version__}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3251,17 +3295,16 @@ def _unavailable(name: str) -> NotImplementedError:
 # ---------------------------------------------------------------------------------------------
 
 
-def _item(key: str, doc: str, place: Any = lambda sig: sig) -> Any:
-    """Return a property that is an item of the dict, or of another one at a place in it."""
+def _item(key: str, doc: str, inside: str | None = None) -> Any:
+    """Return a property that is an item of the dict, or of that in its item `inside`."""
+
+    def place(sig: Any) -> Any:
+        return sig[inside] if inside else sig
 
     def write(sig: Any, value: Any) -> None:
         place(sig)[key] = value
 
     return property(lambda sig: place(sig).get(key), write, doc=doc)
-
-
-def _argument(name: str, doc: str) -> Any:
-    return _item(name, doc, lambda sig: sig["kwargs"])
 
 
 def _listed(value: Any) -> list[Any]:
@@ -3271,15 +3314,18 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _signature_of(value: Any, app: Any = None, clone: bool = False) -> Any:
-    """Return the signature that a value is, or that a dict describes; TypeError if it is none."""
-    if isinstance(value, dict) and isinstance(value.get("task"), str):
-        return maybe_signature(value, app, clone)
-    raise TypeError(f"{_repr(value, 60)} is no signature: expected one such as add.s(2, 2)")
+def _signature_of(value: Any, app: Any = None) -> Any:
+    """Return a copy of a signature, or of what a dict describes, chunks as group; or TypeError."""
+    if not isinstance(value, dict) or not isinstance(value.get("task"), str):
+        raise TypeError(f"{_repr(value, 60)} is no signature: expected one such as add.s(2, 2)")
+    sig = maybe_signature(value, app, True)
+    return sig.group() if isinstance(sig, chunks) else sig
 
 
-#: Where a call stands: what says which chord's part, or which group's member, it is.
-_PLACE = ("group_id", "group_index", "chord")
+def _links(linked: Any) -> list[Any]:
+    """Return the signatures in `link` or `link_error`: one or a list; a task's name will do."""
+    named = (Signature(sig) if isinstance(sig, str) else sig for sig in _listed(linked))
+    return [_signature_of(sig) for sig in named]
 
 
 class Signature(dict):
@@ -3300,7 +3346,7 @@ class Signature(dict):
     options = _item("options", "What `apply_async` is given.")
     subtask_type = _item("subtask_type", "'chain', 'group', ...; None for a plain task.")
     immutable = _item("immutable", "Whether it takes no more arguments.")
-    id = _item("task_id", "The task's id, once it is known.", lambda sig: sig["options"])
+    id = _item("task_id", "The task's id, once it is known.", "options")
 
     def __init__(
         self,
@@ -3308,7 +3354,6 @@ class Signature(dict):
         args: Any = None,
         kwargs: Any = None,
         options: Any = None,
-        type: Any = None,
         subtask_type: str | None = None,
         immutable: bool = False,
         app: Any = None,
@@ -3317,14 +3362,9 @@ class Signature(dict):
         self._app = app
         if isinstance(task, Task):
             self._type, task = task, task.name
-        super().__init__(
-            task=task,
-            args=tuple(args or ()),
-            kwargs=kwargs or {},
-            options={**(options or {}), **more},
-            subtask_type=subtask_type,
-            immutable=immutable,
-        )
+        fields = {"task": task, "args": tuple(args or ()), "kwargs": kwargs or {}}
+        options = {**(options or {}), **more}
+        super().__init__(fields, options=options, subtask_type=subtask_type, immutable=immutable)
         if isinstance(task, dict):
             super().update(task)
 
@@ -3368,10 +3408,8 @@ class Signature(dict):
     # -- making others of it ---------------------------------------------------------------------
 
     def _merge(self, args: Any, kwargs: Any, options: Any = None) -> tuple[Any, Any, Any]:
-        """Return (args, kwargs, options) with others added; its group is never another."""
+        """Return (args, kwargs, options) with others added."""
         merged = {**self.options, **(options or {})}
-        if "group_id" in self.options:
-            merged["group_id"] = self.options["group_id"]
         if self.immutable:
             return self.args, self.kwargs, merged
         return (*(args or ()), *self.args), {**self.kwargs, **(kwargs or {})}, merged
@@ -3390,8 +3428,6 @@ class Signature(dict):
         sig._type = self._type
         return sig
 
-    partial = clone
-
     def set(self, immutable: bool | None = None, **options: Any) -> Any:
         """Set options, and return the signature: `add.s(2).set(countdown=10)`."""
         if immutable is not None:
@@ -3403,7 +3439,7 @@ class Signature(dict):
         """Say whether the signature takes no more arguments."""
         self.immutable = immutable
 
-    def _add_link(self, option: str, sig: Any) -> Any:
+    def _linked(self, option: str, sig: Any) -> Any:
         linked = self.options[option] = _listed(self.options.get(option))
         if _signature_of(sig) not in linked:
             linked.append(sig)
@@ -3411,21 +3447,16 @@ class Signature(dict):
 
     def link(self, sig: Any) -> Any:
         """Call `sig` with the result when the task has succeeded; return `sig`."""
-        return self._add_link("link", sig)
+        return self._linked("link", sig)
 
     def link_error(self, sig: Any) -> Any:
         """Call `sig` when the task has failed; return `sig`."""
-        return self._add_link("link_error", sig)
+        return self._linked("link_error", sig)
 
     def on_error(self, sig: Any) -> Any:
         """Call `sig` when the task has failed; return the signature itself."""
         self.link_error(sig)
         return self
-
-    def flatten_links(self) -> list[Any]:
-        """Return the signature and all that are linked to it, and to those."""
-        links = map(_signature_of, _listed(self.options.get("link")))
-        return [self, *(found for link in links for found in link.flatten_links())]
 
     def __or__(self, other: Any) -> Any:
         if not isinstance(other, Signature):
@@ -3434,13 +3465,6 @@ class Signature(dict):
 
     def __ior__(self, other: Any) -> Any:  # a dict's own would change it
         return self | other
-
-    def __bool__(self) -> bool:
-        return True
-
-    def _steps(self) -> list[Any]:
-        """Return copies of what a chain of it goes through."""
-        return [self.clone()]
 
     # -- calling it ------------------------------------------------------------------------------
 
@@ -3467,37 +3491,28 @@ class Signature(dict):
         return self.type.apply(args, kwargs, **options)
 
     def freeze(self, _id: str | None = None, **options: Any) -> Any:
-        """Give it the id that it will have, so that its result can be named before it is sent.
-
-        options: group_id, group_index, chord, root_id, parent_id.
-        """
+        """Give it the id that it will have, and such options as `root_id`; return its result."""
         for name, value in (("task_id", _id or uuid()), *options.items()):
             if value is not None:
                 self.options.setdefault(name, value)
         result = AsyncResult(self.options["task_id"], app=self.app)
         task = self._type or dict.get(self.app.tasks, self.task)
         ignored = self.options.get("ignore_result", task is not None and task.ignore_result)
-        result.ignored = bool(ignored) and "chord" not in self.options
+        result.ignored = bool(ignored) and not self.options.get("chord")
         return result
 
     def _inner(self) -> Any:
         """Return the signatures that it is made of, in their order; None if it is one task."""
 
-    def _all(self) -> list[Any]:
-        """Return every single task in it, in their order."""
-        inner = self._inner()
-        return [self] if inner is None else [task for sig in inner for task in sig._all()]
-
-    def _leaves(self) -> list[Any]:
-        """Return the single tasks whose ends are its end, such as a chain's last."""
+    def _tasks(self, last: bool = False) -> list[Any]:
+        """Return the single tasks in it, in their order; with `last` only those whose ends are its
+        end, such as a chain's last."""
         inner = self._inner()
         if inner is None:
             return [self]
-        ends = inner if isinstance(self, group) else inner[-1:]
-        return [task for sig in ends for task in sig._leaves()]
-
-    def __invert__(self) -> Any:
-        return self.apply_async().get()
+        if last and not isinstance(self, group):
+            inner = inner[-1:]
+        return [task for sig in inner for task in sig._tasks(last)]
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self.clone()
@@ -3511,22 +3526,24 @@ class Signature(dict):
         shown += [f"{key}={_repr(value)}" for key, value in {**self.kwargs, **kwargs}.items()]
         return f"{self['task']}({', '.join(shown)})"
 
-    def __repr__(self) -> str:
-        return self.reprcall()
+    __repr__ = reprcall
 
 
 def _joined(tasks: Iterable[Any]) -> list[Any]:
     """Return the steps of a chain of these: a group that is followed by another step becomes a
     chord, a chord takes it as the continuation of its body. So only the last is ever composed."""
-    steps = [step for task in tasks for step in task._steps()]
+    steps: list[Any] = []
+    for task in tasks:
+        unrolled = isinstance(task, chain) or isinstance(task, group) and len(task.tasks) < 2
+        steps += _joined(task.tasks) if unrolled else [task]
     for index, step in enumerate(steps[:-1]):
         if isinstance(step, (group, chord)):
-            rest = chain(*steps[index + 1 :], app=step._app)
-            rest = rest if not isinstance(rest, chain) or len(rest.tasks) > 1 else rest.tasks[0]
+            rest = steps[index + 1 :]
+            body = chain(*rest, app=step._app) if len(rest) > 1 else rest[0]
             if isinstance(step, group):
-                step = chord(step, body=rest, app=step._app)
+                step = chord(step, body=body, app=step._app)
             else:
-                step.body = step.body | rest
+                step.body = step.body | body
             return [*steps[:index], step]
     return steps
 
@@ -3545,12 +3562,6 @@ def _given(tasks: tuple[Any, ...]) -> Iterable[Any]:
     return tasks[0]
 
 
-def _part_of(value: Any, app: Any) -> Any:
-    """Return a copy of a signature that is to be a part of another; chunks are their group."""
-    sig = _signature_of(value, app, True)
-    return sig.group() if isinstance(sig, chunks) else sig
-
-
 def _single(sig: Any) -> Any:
     """Return a signature that ends with one task, whose result is a list where it was a group's."""
     end = sig
@@ -3561,126 +3572,161 @@ def _single(sig: Any) -> Any:
     return sig
 
 
-class _Composed(Signature):
-    """A signature of several tasks: a chain or a group."""
+def _headed(sig: Any, rest: Any) -> Any:
+    """Return a signature's first step, whose option `chain` holds the rest, the last one first."""
+    rest = rest or []
+    if isinstance(sig, chain):
+        first, *others = sig.tasks
+        first.options.update(sig.options)
+        if sig.immutable:
+            first.set_immutable(True)
+        sig, rest = first, [*rest, *reversed(others)]
+    if rest:
+        sig.options["chain"] = rest
+    return sig
 
-    tasks = _argument("tasks", "The signatures that it is made of.")
+
+def _place(sig: Any, group_id: Any = None, group_index: Any = None, chord: Any = None) -> None:
+    """Note in the last tasks of a signature which chord, or else which group, it is a part of."""
+    for leaf in sig._tasks(last=True) if chord or group_id else ():
+        if chord or not leaf.options.get("group_id"):
+            leaf.options.update(group_id=group_id, group_index=group_index, chord=chord)
+
+
+def _add_trail(result: Any) -> Any:
+    """Note a result among the children of the task that runs here; return it."""
+    running, request = _running()
+    if running is not None and running.trail:
+        request.children.append(result)
+    return result
+
+
+class _Composed(Signature):
+    """A signature of several tasks: a chain, a group or a chord."""
+
+    tasks = _item("tasks", "The signatures that it is made of.", "kwargs")
 
     def __init__(self, *tasks: Any, **options: Any) -> None:
         """Do nothing: `__new__` has made it."""
 
     @classmethod
-    def _of(cls, tasks: Iterable[Any], options: Any, app: Any) -> Any:
+    def _of(cls, kwargs: dict[str, Any], options: Any, app: Any) -> Any:
         name = cls.__name__
-        data = {"task": f"celery.{name}", "kwargs": {"tasks": list(tasks)}, "subtask_type": name}
+        data = {"task": f"celery.{name}", "kwargs": kwargs, "subtask_type": name}
         return cls.from_dict({**data, "options": options}, app)
 
     def _revive(self) -> None:
-        tasks = [_part_of(task, self._app) for task in self.tasks]
+        tasks = [_signature_of(task, self._app) for task in self.tasks]
         self.kwargs = {**self.kwargs, "tasks": tasks}
+
+    def set_immutable(self, immutable: bool) -> None:
+        """Say whether the tasks in it that are called first take no more arguments."""
+        for sig in self.tasks if isinstance(self, group) else self._inner()[:1]:
+            sig.set_immutable(immutable)
+
+    def _linked(self, option: str, sig: Any) -> Any:
+        """Have the last in it call `sig`; as an errback all, but for the header of a chord."""
+        last = option == "link"
+        if isinstance(self, chord) and not last:
+            last = not self.app.conf.task_allow_error_cb_on_chord_header
+        for task in self._inner()[-1:] if last else self._inner():
+            getattr(task, option)(sig)
+        return sig
+
+    def _pass_links(self) -> None:
+        """Move what is linked to it to the tasks in it that call it."""
+        for option in ("link", "link_error"):
+            for sig in _listed(self.options.pop(option, None)):
+                getattr(self, option)(sig)
 
     def _inner(self) -> list[Any]:
         return self.tasks
 
+    def _frozen(self) -> tuple[Any, dict[str, Any]]:
+        """Take its options: give its tasks their ids and place; return its result and the rest."""
+        options, self.options = self.options, {}
+        place = {name: options.pop(name, None) for name in ("group_id", "group_index", "chord")}
+        result = self.freeze(options.pop("task_id", None), root_id=options.get("root_id"))
+        _place(self, **place)
+        return result, options
 
-def _place(sig: Any, options: Any) -> None:
-    """Move the options that say which chord, or else which group, a signature belongs to down to
-    its last tasks."""
-    place = {name: options.pop(name, None) for name in _PLACE}
-    for leaf in sig._leaves() if place["chord"] or place["group_id"] else ():
-        if place["chord"]:
-            leaf.options.update(place)
-        else:
-            for name in ("group_id", "group_index"):
-                leaf.options.setdefault(name, place[name])
+    def apply_async(
+        self, args: Any = None, kwargs: Any = None, add_to_parent: bool = True, **options: Any
+    ) -> Any:
+        """Send it; return its result. Options are for the first task of a chain, all of a group or
+        chord; but there `countdown` and `eta` for the header, `link`, `link_error` for the body."""
+        if self.app.conf.task_always_eager:
+            return self.apply(args, kwargs, **options)
+        sig = self.clone(**options)
+        result, options = sig._frozen()
+        sent = sig._send((*(args or ()), *self.args), kwargs, options) or result
+        if add_to_parent and sent is not None:
+            _add_trail(sent)
+        return result
 
 
 @Signature.register_type()
 class chain(_Composed):  # noqa: N801
-    """Tasks one after the other, each called with the result of the one before.
-
-        chain(add.s(2, 2), mul.s(8))()    # or (add.s(2, 2) | mul.s(8))()
-
-    A group followed by a task becomes a chord.
-    """
+    """Tasks one after the other, each called with the result of the one before:
+    `chain(add.s(2, 2), mul.s(8))()` or `(add.s(2, 2) | mul.s(8))()`. A group followed by a task
+    becomes a chord."""
 
     def __new__(cls, *tasks: Any, app: Any = None, **options: Any) -> Any:
-        steps = _joined(_part_of(task, app) for task in _given(tasks))
-        if len(steps) == 1 and isinstance(steps[0], (group, chord)):
-            return steps[0].set(**options)
-        return cls._of(steps, options, app)
+        sig = cls._of({"tasks": _given(tasks)}, options, app)
+        only = sig.tasks[0] if len(sig.tasks) == 1 else None
+        return only.set(**sig.options) if isinstance(only, (group, chord)) else sig
 
     def _revive(self) -> None:
         super()._revive()
-        for name, tasks in (("link", self.tasks[-1:]), ("link_error", self.tasks)):
-            for sig, task in itertools.product(_listed(self.options.pop(name, None)), tasks):
-                getattr(task, name)(sig)
-
-    def unchain_tasks(self) -> list[Any]:
-        """Return copies of the steps: the last with the chain's links, all with its errbacks."""
-        return _joined(self.clone().tasks)
-
-    _steps = unchain_tasks
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.apply_async(args, kwargs)
-
-    def freeze(self, _id: str | None = None, root_id: str | None = None, **place: Any) -> Any:
-        """Give every step its id; return the result of the last, whose parents are the others'."""
-        self._revive()
         self.tasks = _joined(self.tasks)
-        result: Any = None
+        self._pass_links()
+
+    __call__ = Signature.delay
+
+    def freeze(self, _id: str | None = None, root_id: str | None = None, **_: Any) -> Any:
+        """Give every step its id; return the result of the last, whose parents are the others'."""
+        _id, result = self.options.pop("task_id", _id), None
         for step in self.tasks:
             found = step.freeze(_id if step is self.tasks[-1] else None, root_id=root_id)
-            _lineage(found)[-1].parent, result = result, found
-        _place(self, place)
+            found._lineage()[-1].parent, result = result, found
         return result
 
-    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        """Send the first step, with the others in its message; return the result of the last."""
-        if self.app.conf.task_always_eager:
-            return self.apply(args, kwargs, **options)
-        sig = self.clone(**options)
-        options, sig.options = sig.options, {}
-        rest = options.pop("chain", None) or ()
-        result = sig.freeze(options.pop("task_id", None), root_id=options.get("root_id"))
-        if result is None:  # it is empty
+    def _send(self, args: Any, kwargs: Any, options: Any) -> Any:
+        rest = options.pop("chain", None)
+        if not self.tasks:
             return None
-        _place(sig, options)
-        first, *others = sig.tasks
-        if others or rest:
-            options["chain"] = [*rest, *reversed(others)]
-        first.apply_async(() if self.immutable else args, kwargs, **options)
-        return result
+        return _headed(self, rest).apply_async(args, kwargs, add_to_parent=False, **options)
 
     def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Run one step after the other here; return the last result, or the first that failed."""
         sig = self.clone(**options)
         result: Any = None
         with allow_join_result():
-            for step in _joined(sig.tasks):
+            for step in sig.tasks:
                 given = args if result is None else (result.get(),)
                 found = step.apply(given, kwargs, **sig.options)
                 found.parent, result, kwargs = result, found, None
-                if isinstance(result, AsyncResult) and not result.successful():
+                if not result.successful():
                     break
         return result
 
     @reprlib.recursive_repr()
     def __repr__(self) -> str:
-        if not self.tasks:
-            return f"<chain@{id(self):#x}: empty>"
-        return _of_task(self.tasks, " | ".join(map(repr, self.tasks)))
+        return _of_task(self.tasks, " | ".join(map(repr, self.tasks))) or "chain()"
 
 
 @Signature.register_type()
 class group(_Composed):  # noqa: N801
-    """Tasks side by side: `group(add.s(i, i) for i in range(10))()` returns a GroupResult."""
+    """Tasks side by side: `group(add.s(i, i) for i in range(10))()` returns a GroupResult. Inner
+    groups are unrolled."""
 
     def __new__(cls, *tasks: Any, app: Any = None, **options: Any) -> Any:
-        if len(tasks) == 1 and isinstance(tasks[0], group):
-            tasks = tasks[0].tasks
-        return cls._of(_given(tasks), options, app)
+        return cls._of({"tasks": _given(tasks)}, options, app)
+
+    def _revive(self) -> None:
+        super()._revive()
+        parts = (task.tasks if isinstance(task, group) else [task] for task in self.tasks)
+        self.tasks = [task for part in parts for task in part if task._inner() != []]
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.apply_async(args, **options)
@@ -3690,31 +3736,9 @@ class group(_Composed):  # noqa: N801
             return chord(self, body=other, app=self._app)
         return super().__or__(other)
 
-    def _steps(self) -> list[Any]:
-        return _joined(self.tasks) if len(self.tasks) < 2 else [self.clone()]
-
-    def _members(self) -> list[Any]:
-        """Return the tasks, with those of inner groups in their places and no empty chain."""
-        found = []
-        for task in self.tasks:
-            if isinstance(task, group):
-                found += task._members()
-            elif not isinstance(task, chain) or task.tasks:
-                found.append(task)
-        return found
-
-    def set_immutable(self, immutable: bool) -> None:
-        """Say whether the tasks take no more arguments."""
-        for task in self.tasks:
-            task.set_immutable(immutable)
-
     def link(self, sig: Any) -> Any:
-        """Call `sig`, without arguments of its own, when the first task has succeeded."""
-        return self.tasks[0].link(_signature_of(sig, clone=True).set(immutable=True))
-
-    def link_error(self, sig: Any) -> Any:
-        """Call `sig` when one of the tasks has failed."""
-        return tuple(task.link_error(_signature_of(sig, clone=True)) for task in self.tasks)
+        """Call `sig`, with no more arguments than it has, when the first task has succeeded."""
+        return self.tasks[0].link(_signature_of(sig).set(immutable=True))
 
     def skew(self, start: float = 1.0, stop: float | None = None, step: float = 1.0) -> Any:
         """Have the tasks wait, each `step` seconds longer than the one before."""
@@ -3726,184 +3750,118 @@ class group(_Composed):  # noqa: N801
     def freeze(self, _id: str | None = None, root_id: str | None = None, **_: Any) -> Any:
         """Give every task its id; return the GroupResult."""
         gid = self.options.setdefault("task_id", _id or uuid())
-        results = [
-            task.freeze(root_id=root_id, group_id=gid, group_index=index)
-            for index, task in enumerate(self._members())
-        ]
-        return GroupResult(gid, results, app=self.app)
+        results = [task.freeze(root_id=root_id) for task in self.tasks]
+        for index, task in enumerate(self.tasks):
+            _place(task, gid, index)
+        return self._result(results)
 
-    def apply_async(
-        self, args: Any = None, kwargs: Any = None, add_to_parent: bool = True, **options: Any
-    ) -> Any:
-        """Send all tasks in one batch, with these options for each; return the GroupResult."""
+    def _send(self, args: Any, kwargs: Any, options: Any) -> None:
         for name, hint in (("link", "use a chord"), ("link_error", "do that on individual tasks")):
-            if options.pop(name, None) is not None:
+            if options.pop(name, None):
                 raise TypeError(f"Cannot add link to group: {hint}")
-        if self.app.conf.task_always_eager:
-            return self.apply(args, kwargs, **options)
-        sig = self.clone()
-        own = {**sig.options, **options}
-        own.pop("chain", None)  # a group ends its chain
-        result = sig.freeze(own.pop("task_id", None), root_id=own.get("root_id"))
-        _place(sig, own)
-        with sig.app._batch():
-            for task in sig._members():
-                task.apply_async(args, kwargs, add_to_parent=False, **own)
-        if len(result) == 1 and isinstance(result[0], GroupResult):
-            result = result[0]
-        return _add_trail(result) if add_to_parent else result
+        options.pop("chain", None)  # a group ends its chain
+        with self.app._batch():
+            for task in self.tasks:
+                task.apply_async(args, kwargs, add_to_parent=False, **options)
 
     def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Run every task here; return a GroupResult."""
-        results = [task.apply(args, kwargs, **options) for task in self._members()]
-        return GroupResult(self.id or uuid(), results, app=self.app)
+        return self._result([task.apply(args, kwargs, **options) for task in self.tasks])
 
-    def __len__(self) -> int:
-        return len(self.tasks)
+    def _result(self, results: list[Any]) -> Any:
+        if len(results) == 1 and isinstance(results[0], GroupResult):
+            return results[0]  # of a chain that ends with a group
+        return GroupResult(self.id or uuid(), results, app=self.app)
 
     def __repr__(self) -> str:
         return _of_task(self.tasks, f"group({self.tasks!r})") if self.tasks else "group(<empty>)"
 
 
-def _add_trail(result: Any) -> Any:
-    """Note a result among the children of the task that runs here; return it."""
-    running, request = _running()
-    if running is not None and running.trail:
-        request.children.append(result)
-    return result
-
-
 @Signature.register_type()
-class chord(Signature):  # noqa: N801
-    """A task that is called with the results of others: `chord(header)(body)`.
+class chord(_Composed):  # noqa: N801
+    """A task that is called with the results of others, in a list: `chord(header)(body)`, where the
+    header is tasks side by side."""
 
-    header: tasks side by side; body: the signature that gets the list of their results.
-    """
+    header = _item("header", "The header, a group.", "kwargs")
+    tasks = property(lambda sig: sig.header.tasks, doc="The signatures in the header.")
+    body = _item("body", "The signature that gets the results.", "kwargs")
 
-    tasks = _argument("header", "The header, a group.")
-    body = _argument("body", "The signature that gets the results.")
-
-    def __init__(
-        self, header: Any, body: Any = None, *, kwargs: Any = None, **options: Any
-    ) -> None:
-        parts = {"kwargs": kwargs or {}, "header": header, "body": body}
-        super().__init__("celery.chord", kwargs=parts, subtask_type="chord", **options)
-        self._revive()
+    def __new__(cls, header: Any, body: Any = None, app: Any = None, **options: Any) -> Any:
+        return cls._of({"kwargs": {}, "header": header, "body": body}, options, app)
 
     def _revive(self) -> None:
-        parts = {"kwargs": {}, "header": (), "body": None, **self.kwargs}
-        header = maybe_signature(parts["header"], self._app)
-        if isinstance(header, group):
-            header = header.clone()
-        else:
+        header, body = self.header, self.body
+        if isinstance(header, dict):
+            header = _signature_of(header, self._app)
+        if not isinstance(header, group):
             header = group(header.tasks if isinstance(header, chain) else header, app=self._app)
-        header.tasks = [_single(task) for task in header._members()]
-        body = None if parts["body"] is None else _part_of(parts["body"], self._app)
-        self.kwargs = {**parts, "header": header, "body": body}
+        header.tasks = [_single(task) for task in header.tasks]
+        self.kwargs = {"kwargs": {}, **self.kwargs, "header": header}
+        if body is not None:
+            self.body = _signature_of(body, self._app)
+            self._pass_links()
 
     def __call__(self, body: Any = None, **options: Any) -> Any:
-        return self.apply_async((), {"body": body} if body is not None else {}, **options)
+        whole = self if body is None else self.clone(kwargs={"body": body})
+        return whole.apply_async(**options)
 
-    def set_immutable(self, immutable: bool) -> None:
-        """Say whether the tasks of the header take no more arguments."""
-        self.tasks.set_immutable(immutable)
-
-    def link(self, sig: Any) -> Any:
-        """Call `sig` with the body's result."""
-        self.body.link(sig)
-        return sig
-
-    def link_error(self, sig: Any) -> Any:
-        """Call `sig` when the body cannot be called or has failed; and, with the setting
-        `task_allow_error_cb_on_chord_header`, when a task of the header has."""
-        everywhere = self.app.conf.task_allow_error_cb_on_chord_header
-        for task in self.tasks._members():
-            if everywhere:
-                task.link_error(_signature_of(sig, self._app, True))
-            elif isinstance(task, chord):
-                task.link_error(sig)
-        self.body.link_error(sig)
-        return sig
-
-    def freeze(self, _id: str | None = None, root_id: str | None = None, **place: Any) -> Any:
+    def freeze(self, _id: str | None = None, root_id: str | None = None, **_: Any) -> Any:
         """Give every task its id; return the body's result, whose eldest parent is the header's."""
         result = self.body.freeze(_id, root_id=root_id)
-        _place(self, place)
-        header = _lineage(result)[-1].parent = self.tasks.freeze(root_id=root_id)
+        header = result._lineage()[-1].parent = self.header.freeze(root_id=root_id)
         for part in header._flat():
             part.ignored = False  # the body needs it
         self.options["task_id"] = header.id  # there Celery looks for the group's id
         return result
 
-    def _called(self, args: Any, kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """Return a copy with the body that a call names, and the header's arguments."""
-        sig, kwargs = self.clone(), {**self.kwargs["kwargs"], **(kwargs or {})}
-        body = kwargs.pop("body", None)
-        if body is not None:
-            sig.body = _part_of(body, self.app)
-        if sig.body is None:
+    def _frozen(self) -> tuple[Any, dict[str, Any]]:
+        if self.body is None:
             raise ImproperlyConfigured(f"{self!r}: call it with a body, chord(header)(body)")
-        return sig, (*(args or ()), *self.args), kwargs
+        others = "countdown eta parent_id root_id task_id chain group_id group_index chord".split()
+        own = {name: value for name, value in self.options.items() if name not in others}
+        self.body.options.update(own)
+        return super()._frozen()
 
-    def apply_async(
-        self, args: Any = None, kwargs: Any = None, add_to_parent: bool = True, **options: Any
-    ) -> Any:
-        """Send the header; return the result of the body. `countdown` and `eta` are the header's,
-        `link`, `link_error` and `chain` the body's, other options go to both."""
-        app = self.app
-        if app.conf.task_always_eager:
-            return self.apply(args, kwargs, **{**self.options, **options})
-        (sig, args, kwargs), own = self._called(args, kwargs), {**self.options, **options}
+    def _send(self, args: Any, kwargs: Any, options: Any) -> None:
+        app, kwargs = self.app, {**self.kwargs["kwargs"], **(kwargs or {})}
         if not app.keeps_results:
-            raise ImproperlyConfigured(
-                "a chord needs the results of its tasks, and this app has backend='disabled://': "
-                "leave the backend out, or name a place for results"
-            )
-        for callback in _listed(own.pop("link", None)):
-            sig.body.link(callback)
-        for errback in _listed(own.pop("link_error", None)):
-            sig.body.link_error(errback)
-        for step in reversed(own.pop("chain", None) or ()):
-            sig.body = sig.body | _signature_of(step, app, True)
-        task_id, place = own.pop("task_id", None), {name: own.pop(name, None) for name in _PLACE}
-        only_header = ("countdown", "eta", "parent_id", "root_id")
-        sig.body.options.update({k: v for k, v in own.items() if k not in only_header})
-        result = sig.freeze(task_id, root_id=own.get("root_id"), **place)
-        header, leaves = sig.tasks, sig.tasks._leaves()
+            why = "this app has backend='disabled://': leave that out, or name another"
+            raise ImproperlyConfigured(f"a chord needs the results of its tasks, and {why}")
+        body = _headed(self.body, options.pop("chain", None))
+        header, leaves = self.header, self.header._tasks(last=True)
         with app._batch() as batch:
             if leaves:
-                delivery = app._unlock_delivery(header.id, sig.body, [leaf.id for leaf in leaves])
+                delivery = app._unlock_delivery(header.id, body, [leaf.id for leaf in leaves])
                 batch.chords.append((header.id, len(leaves), delivery))
             else:
-                sig.body.apply_async(([],), add_to_parent=False)
+                body.apply_async(([],), add_to_parent=False)
             for index, task in enumerate(header.tasks):
                 # Not before: each part of a chord to come would hold all that follows it.
-                _place(task, {"group_id": header.id, "group_index": index, "chord": sig.body})
-                task.apply_async(args, kwargs, add_to_parent=False, **own)
-        return _add_trail(result) if add_to_parent else result
+                _place(task, header.id, index, body)
+                task.apply_async(args, kwargs, add_to_parent=False, **options)
 
     def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Run the header and then the body here; return the body's result."""
-        sig, args, kwargs = self._called(args, kwargs)
-        parts = sig.tasks.apply(args, kwargs)
+        sig = self.clone(**options)
+        result, _ = sig._frozen()
+        kwargs = {**self.kwargs["kwargs"], **(kwargs or {})}
+        parts = sig.header.apply((*(args or ()), *self.args), kwargs)
         with allow_join_result():
             for part in parts._flat():
                 if part.state in PROPAGATE_STATES:
                     exc = ChordError(f"Dependency {part.id} raised {part.result!r}")
-                    return EagerResult(sig.body.id or uuid(), exc, FAILURE, app=self.app)
-            return sig.body.apply((parts.get(),), **options)
+                    _body_failed(self.app, Context(is_eager=True), sig.body, exc, None)
+                    return EagerResult(result.id, exc, FAILURE, app=self.app)
+            return sig.body.apply((parts.get(),))
 
     def _inner(self) -> list[Any]:
-        return [self.tasks] if self.body is None else [self.tasks, self.body]
-
-    def __len__(self) -> int:
-        return len(self.tasks._leaves())
+        return [self.header] if self.body is None else [self.header, self.body]
 
     def __repr__(self) -> str:
         if self.body is None:
-            return f"<chord without body: {self.tasks.tasks!r}>"
+            return f"<chord without body: {self.header.tasks!r}>"
         steps = self.body.tasks if isinstance(self.body, chain) else [self.body]
-        text = steps[0].reprcall(self.tasks.tasks)
+        text = steps[0].reprcall(self.header.tasks)
         if len(steps) > 1:
             text = f"({text} | {chain(*steps[1:])!r})"
         return "%" + _of_task(steps, text)
@@ -3916,8 +3874,6 @@ class xmap(Signature):  # noqa: N801
     _star = ""
 
     def __init__(self, task: Any, it: Any, **options: Any) -> None:
-        if not hasattr(it, "__iter__"):
-            raise TypeError(f"it={_repr(it, 60)}: expected a list of items")
         kind, options = type(self).__name__, {"immutable": True, "app": task.app, **options}
         kwargs = {"task": task, "it": list(it)}
         super().__init__(f"celery.{kind.lstrip('x')}", (), kwargs, subtask_type=kind, **options)
@@ -3951,25 +3907,18 @@ class chunks(xmap):  # noqa: N801
         parts = [items[start : start + n] for start in range(0, len(items), n)]
         return group((xstarmap(task, part) for part in parts), app=self._app)
 
-    def __call__(self, **options: Any) -> Any:
-        return self.apply_async(**options)
-
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Send all chunks; return the GroupResult."""
         return self.group().apply_async(args, kwargs, **{**self.options, **options})
 
-    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        """Run all chunks here; return a GroupResult."""
-        return self.group().apply(args, kwargs, **options)
-
-    __repr__ = Signature.__repr__
+    __call__, __repr__ = apply_async, Signature.__repr__
 
 
 def signature(varies: Any, *args: Any, **kwargs: Any) -> Any:
     """Return a signature of a task, its name, or a dict: `signature('tasks.add', args=(2, 2))`."""
     if isinstance(varies, (str, Task)):
         return Signature(varies, *args, **kwargs)
-    return _signature_of(varies, kwargs.get("app"), True)
+    return _signature_of(varies, kwargs.get("app"))
 
 
 subtask = signature
@@ -4007,11 +3956,9 @@ class Exchange(collections.namedtuple("Exchange", "name type")):
 class Queue(collections.namedtuple("Queue", "name exchange routing_key")):
     """A queue: `Queue('images', Exchange('media', type='topic'), routing_key='media.image.#')`."""
 
-    def __new__(
-        cls, name: str = "", exchange: Any = None, routing_key: str = "", **options: Any
-    ) -> Any:
+    def __new__(cls, name: str, exchange: Any = None, routing_key: str = "", **more: Any) -> Any:
         if isinstance(exchange, str):
-            exchange = Exchange(exchange, options.get("exchange_type") or "direct")
+            exchange = Exchange(exchange, more.get("exchange_type") or "direct")
         return super().__new__(cls, name, exchange, routing_key)
 
 
@@ -4020,14 +3967,12 @@ class Router:
 
     def __init__(self, app: TaskQ) -> None:
         self.app, conf = app, app.conf
-        self.routes = _routes(conf.task_routes)
+        self.routes = [_route(entry) for entry in _listed(conf.task_routes)]
         name, listed = conf.task_default_queue, conf.task_queues
         exchange = Exchange(conf.task_default_exchange or name, conf.task_default_exchange_type)
         self.default = Queue(name, exchange, conf.task_default_routing_key or name)
         self.queues: dict[str, Queue] = {}
         self._bound = False
-        if isinstance(listed, collections.abc.Mapping):
-            listed = [Queue(n, **{"exchange": n, "routing_key": n, **o}) for n, o in listed.items()]
         for queue in [self.default] if listed is None else listed:
             self.add(queue)
 
@@ -4065,10 +4010,8 @@ class Router:
 
     def resolve(self, options: dict[str, Any]) -> tuple[list[str], str, str]:
         """Return (names of queues, exchange, routing key) for queue=, exchange=, routing_key=."""
-        asked, exchange = options.get("queue"), options.get("exchange")
-        key = options.get("routing_key") or ""
-        if isinstance(exchange, Exchange):
-            exchange = exchange.name
+        asked, exchange, key = map(options.get, ("queue", "exchange", "routing_key"))
+        exchange = getattr(exchange, "name", exchange)
         if asked or not exchange:
             queue = self.queue(asked) if asked else self.default
             if queue.exchange.type == "direct" and not (exchange and key):
@@ -4077,30 +4020,25 @@ class Router:
         if not self._bound:
             self.bind(self.queues.values())
             self._bound = True
-        found = self.app.store.bound(exchange, key)
+        found = self.app.store.bound(exchange, key or "")
         if not found:
             where = f"exchange {exchange!r} with routing key {key!r}"
             raise QueueNotFound(f"no queue is bound to {where}: list it in task_queues")
-        return found, exchange, key
+        return found, exchange, key or ""
 
     def bind(self, queues: Iterable[Queue]) -> None:
         """Make the bindings of these queues known to the store."""
-        for queue in queues:
-            exchange = queue.exchange
-            self.app.store.bind(exchange.name, exchange.type, queue.routing_key, queue.name)
-
-
-def _routes(routes: Any) -> list[Callable[..., Any]]:
-    """Return `task_routes` as functions (name, args, kwargs, options, task=) -> options or None."""
-    entries = routes if isinstance(routes, (list, tuple)) else [routes] if routes else []
-    pairs = [isinstance(e, (list, tuple)) and isinstance(e[0], (str, re.Pattern)) for e in entries]
-    return [_route(entry) for entry in ([entries] if pairs and all(pairs) else entries)]
+        for name, exchange, key in queues:
+            self.app.store.bind(exchange.name, exchange.type, key, name)
 
 
 def _route(entry: Any) -> Callable[..., Any]:
+    """Return an entry of `task_routes`, a function or its name, a pair, or a table of them, as a
+    function (name, args, kwargs, options, task=) -> options or None."""
     if callable(entry) or isinstance(entry, str):
         return _symbol(entry) if isinstance(entry, str) else entry
-    table, translate = dict(entry), _symbol("fnmatch:translate")
+    is_pair = isinstance(entry, (list, tuple)) and isinstance(entry[0], (str, re.Pattern))
+    table, translate = dict([entry] if is_pair else entry), _symbol("fnmatch:translate")
     globs = {key: re.compile(translate(key)) for key in table if isinstance(key, str)}
     patterns: Any = [(globs.get(key, key), found) for key, found in table.items()]
 
@@ -4138,29 +4076,25 @@ def _symbol(name: str) -> Any:
 Prepared = collections.namedtuple("Prepared", "message payload deliveries")
 
 
-class Batch:
+class Batch(types.SimpleNamespace):
     """What is sent together, all or none; with a task's end also others' results, chords' parts."""
 
     def __init__(self) -> None:
-        self.calls: list[Prepared] = []
-        self.chords: list[Any] = []
-        self.results: list[Any] = []
-        self.parts: list[Any] = []
-        self.app: Any = None
+        super().__init__(calls=[], chords=[], results=[], parts=[], app=None)
 
 
-_unset: Any = None
-
-
-class Context:
+class Context(types.SimpleNamespace):
     """A task's request: what is known of this call of it (`self.request` in a bound task)."""
 
-    id = task = args = kwargs = argsrepr = kwargsrepr = shadow = lang = origin = hostname = _unset
-    root_id = parent_id = group = group_index = chain = chord = callbacks = errbacks = _unset
-    eta = expires = timelimit = max_retries = delivery_info = correlation_id = reply_to = _unset
-    headers = properties = stamps = stamped_headers = taskset = logfile = loglevel = _unset
+    id = task = args = kwargs = argsrepr = kwargsrepr = shadow = lang = origin = _unset
+    root_id = parent_id = group = group_index = chain = chord = reply_to = _unset
+    callbacks = errbacks = eta = expires = timelimit = max_retries = _unset
+    delivery_info = correlation_id = headers = properties = hostname = _unset
+    stamps = stamped_headers = taskset = logfile = loglevel = _unset
     retries = replaced_task_nesting = 0
     called_directly = utc = True
+    #: The events to send with the task's end: (type, fields) pairs; None: nobody asks for them.
+    _events: Any = None
     ignore_result = is_eager = replaced = _protected = False
 
     def __init__(self, fields: Any = (), **more: Any) -> None:
@@ -4169,6 +4103,14 @@ class Context:
         self.follow_ups = Batch()  # what is settled together with the task's own end
         self.children: list[Any] = []  # the results of the tasks that this one has called
 
+    time_limit = property(lambda request: (request.timelimit or (None, None))[0], doc="Seconds.")
+    soft_time_limit = property(lambda request: (request.timelimit or (None, None))[1], doc="Same.")
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Which group's member, or chord's part, it is, as options of a call."""
+        return {"group_id": self.group, "group_index": self.group_index, "chord": self.chord}
+
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Set attributes."""
         self.__dict__.update(*args, **kwargs)
@@ -4176,9 +4118,6 @@ class Context:
     def get(self, key: str, default: Any = None) -> Any:
         """Return an attribute, or `default`."""
         return getattr(self, key, default)
-
-    def __repr__(self) -> str:
-        return f"<Context: {vars(self)!r}>"
 
 
 #: What a message's body says beside its arguments, and the options of a call that say so.
@@ -4212,13 +4151,11 @@ class Proxy:
 
     __getattr__ = _forwarded(getattr)
     __setattr__ = _forwarded(setattr)
-    __delattr__ = _forwarded(delattr)
     __call__ = _forwarded(lambda found, *args, **kw: found(*args, **kw))
     __bool__ = _forwarded(bool)
     __eq__ = _forwarded(lambda found, other: found == other)
     __hash__ = _forwarded(hash)
     __repr__ = _forwarded(repr)
-    __dir__ = _forwarded(dir)
     __reduce__ = _forwarded(lambda found: found.__reduce__())
     __class__ = property(_forwarded(type))  # type: ignore[assignment]
     __doc__ = property(_forwarded(lambda found: found.__doc__))  # type: ignore[assignment]
@@ -4248,13 +4185,9 @@ def app_or_default(app: TaskQ | None = None) -> TaskQ:
 
 
 #: Attributes of a task whose defaults are settings: `time_limit` is `task_time_limit`.
-_FROM_SETTINGS = {"priority": "task_default_priority"}
-for _name in (
-    "acks_late acks_on_failure acks_on_failure_or_timeout acks_on_timeout ignore_result "
-    "reject_on_worker_lost serializer soft_time_limit store_eager_result "
-    "store_errors_even_if_ignored time_limit track_started"
-).split():
-    _FROM_SETTINGS[_name] = f"task_{_name}"
+_FROM_SETTINGS = {
+    re.sub("^task_(default_)?", "", name): name for name in SETTINGS if name[:4] == "task"
+}
 
 
 class Task:
@@ -4271,24 +4204,24 @@ class Task:
 
     app: Any = current_app
     name: str = None  # type: ignore[assignment]
-    #: Whether calls are checked against the function's signature; None: as the app's strict_typing.
-    typing: Any = None
+    #: Whether calls are checked against the function's signature.
+    typing = True
     #: How often `retry` may run it again; None is without end.
     max_retries: int | None = 3
     #: Seconds until a retry that names no time.
     default_retry_delay: float = 180
     trail = send_events = retry_jitter = True
-    #: Exceptions that are expected: logged at INFO, without a traceback.
-    throws: tuple[Any, ...] = ()
     #: Seconds, or a datetime, after which a call that has not begun is REVOKED.
     expires: Any = None
     resultrepr_maxsize = 1024
-    queue = exchange = routing_key = rate_limit = None
-    autoretry_for: Any = ()
-    dont_autoretry_for: Any = ()
+    queue = exchange = routing_key = None
+    #: Exceptions: those that are expected, logged at INFO without a traceback; that are retried.
+    throws: Any = ()
+    autoretry_for = dont_autoretry_for = throws
     retry_kwargs: dict[str, Any] = {}
     retry_backoff: Any = False
     retry_backoff_max: float = 600
+    bind = False
     __header__: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -4332,14 +4265,6 @@ class Task:
         requests = (request for task, request in reversed(_thread.stack) if task is self)
         return next(requests, None) or Context()
 
-    def push_request(self, *args: Any, **kwargs: Any) -> None:
-        """Enter a request, for tests of tasks: `task.push_request(id='1')`."""
-        _thread.stack.append((self, Context(*args, **kwargs)))
-
-    def pop_request(self) -> None:
-        """Leave the request that was entered last."""
-        _thread.stack.pop()
-
     def _handler(self, *args: Any) -> None:
         """Called at one of the moments in a task's life that the class names; does nothing."""
 
@@ -4351,10 +4276,9 @@ class Task:
         """Send the task with these arguments: `add.delay(2, 2)`."""
         return self.apply_async(args, kwargs)
 
-    def apply_async(
-        self, args: Any = None, kwargs: Any = None, task_id: str | None = None, **options: Any
-    ) -> AsyncResult:
-        """Send the task; return its AsyncResult.
+    def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> AsyncResult:
+        """Send the task; return its AsyncResult. Raises TypeError for wrong arguments, EncodeError
+        for such as cannot be serialized, OperationalError where the store cannot be written.
 
         countdown: seconds to wait; eta: the datetime to wait for (a naive one is UTC).
         expires: seconds or datetime after which it is not begun any more, but REVOKED.
@@ -4363,38 +4287,27 @@ class Task:
         retry, retry_policy: whether and how to try again when the store cannot be written.
         link, link_error: signatures to call when it has succeeded, or failed.
         serializer: 'json' or 'pickle'; ignore_result: keep no result.
-
-        Raises TypeError for wrong arguments, EncodeError for such as cannot be serialized, and
-        OperationalError where the store cannot be written.
         """
         app = self.app
-        checked = app.strict_typing if self.typing is None else self.typing
-        if checked and self.__header__ is not None:
+        if self.typing and app.strict_typing:
             self.__header__(*(args or ()), **(kwargs or {}))
-        if task_id:
-            options["task_id"] = task_id
-        options["shadow"] = options.get("shadow") or self.shadow_name(args, kwargs, options)
         if not app.conf.task_always_eager:
-            return app._send(self.name, args, kwargs, options, self)
+            return app.send_task(self.name, args, kwargs, self, **options)
         serializer = options.get("serializer", self.serializer) or app.conf.task_serializer
         content_type, _, body = serialize((args or (), kwargs or {}), serializer)
         args, kwargs = deserialize(body, content_type, [content_type])
-        with denied_join_result():
+        with allow_join_result(False):
             return self.apply(args, kwargs, **options)
-
-    def shadow_name(self, args: Any, kwargs: Any, options: dict[str, Any]) -> str | None:
-        """Return a name for the log instead of the task's own; may be overridden."""
-        return None
 
     def _call_defaults(self) -> dict[str, Any]:
         """Return what the task says of its calls; kept until an attribute or a setting changes."""
-        version, defaults = self.__dict__.get("_defaults", (None, {}))
-        conf = self.app.conf
-        if version != conf.version:
+        made = self.app.conf.made
+        kept, defaults = self.__dict__.get("_defaults", (None, {}))
+        if kept is not made:
             if self.app.tasks and (self.soft_time_limit or 0) > (self.time_limit or float("inf")):
                 raise ValueError("soft_time_limit must be less than or equal to time_limit")
             defaults = {name: getattr(self, name) for name in _SHARED_OPTIONS}
-            self.__dict__["_defaults"] = conf.version, defaults
+            self.__dict__["_defaults"] = made, defaults
         return defaults
 
     def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> EagerResult:
@@ -4406,29 +4319,27 @@ class Task:
         throw = app.conf.task_eager_propagates if throw is None else throw
         args, kwargs = list(args or ()), dict(kwargs or {})
         fields = app._headers(self.name, args, kwargs, options, None)
-        for field in ("callbacks", "errbacks"):
-            fields[field] = [_signature_of(link) for link in _listed(get(_EMBEDDED[field]))]
+        fields.update(callbacks=_links(get("link")), errbacks=_links(get("link_error")))
         fields.update(args=args, kwargs=kwargs, headers=get("headers"), hostname=_hostname())
+        fields.update(called_directly=False, is_eager=True)
         info = {name: get(name) for name in ("exchange", "routing_key", "priority")}
-        info["is_eager"] = True
-        request = Context(fields, called_directly=False, is_eager=True, delivery_info=info)
+        request = Context(fields, delivery_info={**info, "is_eager": True})
         run = run_task(self, request, bool(throw))
         if run.state == RETRY and run.value.sig is not None:
             return run.value.sig.apply(throw=throw)
         if request.follow_ups.results:
             app.backend.put_results(request.follow_ups.results)
         value = run.value.exc if run.state == RETRY else run.value
-        return EagerResult(request.id, value, run.state, run.traceback, self.name, app)
+        return EagerResult(request.id, value, run.state, run.traceback, app=app)
 
     # -- steering it -----------------------------------------------------------------------------
 
     def retry(self, args: Any = None, kwargs: Any = None, exc: Any = None, **more: Any) -> Retry:
-        """Run this call of the task again later: `raise self.retry(exc=exc, countdown=10)`.
+        """Run this call of the task again: `raise self.retry(exc=exc, countdown=10)`. More options:
+        `max_retries`, and those of `apply_async`; `countdown` is `default_retry_delay` by default.
 
-        Takes `eta`, `countdown` (by default `default_retry_delay`), `max_retries`, and the other
-        options of `apply_async`. Raises Retry, which tells the worker so (`throw=False` returns
-        it); `exc`, or MaxRetriesExceededError, when the retries are used up. The new message is
-        sent in the transaction that ends this run. Outside a worker raises `exc`, or Retry.
+        Raises Retry (`throw=False` returns it); when the retries are used up or no worker runs the
+        task, `exc` if given. The message is sent in the transaction that ends this run.
         """
         request = self.request
         if request.called_directly:
@@ -4446,7 +4357,8 @@ class Task:
             args, kwargs = sig.args, sig.kwargs
             text = f"Can't retry {self.name}[{request.id}] args:{args} kwargs:{kwargs}"
             raise exc or self.MaxRetriesExceededError(text, task_args=args, task_kwargs=kwargs)
-        again = Retry(None, exc, when if eta is None else eta, request.is_eager, sig)
+        again = Retry(None, exc, when if eta is None else eta)
+        again.sig = sig
         if not request.is_eager:
             with self.app._batch(request.follow_ups):
                 sig.apply_async(add_to_parent=False)
@@ -4459,7 +4371,8 @@ class Task:
     ) -> Signature:
         """Return a signature that sends a request once more, with its id and what follows it."""
         request = request or self.request
-        args, kwargs = _merged_arguments(self.run, request, args, kwargs)
+        args = request.args if args is None else args
+        kwargs = request.kwargs if kwargs is None else kwargs
         info, fields = request.delivery_info or {}, vars(request)
         priority = info.get("priority")  # Celery on other brokers has more than 9
         again = {name: fields.get(name) for name in _CARRIED_OPTIONS}
@@ -4505,13 +4418,11 @@ class Task:
         return chunks(self.s(), it, n, app=self.app)
 
     def replace(self, sig: Any) -> Any:
-        """Run another signature in this task's place: `return self.replace(add.s(2, 2))`.
-
-        It takes over the task's id, callbacks, chord and the rest of its chain, and is sent with
-        the end of this run; raises Ignore. In eager mode returns its result.
-        """
+        """Run another signature in this task's place: `return self.replace(add.s(2, 2))`. It takes
+        over its id, callbacks, chord and the rest of its chain, and is sent with the end of this
+        run; raises Ignore. In eager mode returns its result."""
         request = self.request
-        if "chord" in sig.options:
+        if sig.options.get("chord"):
             raise ImproperlyConfigured("A signature replacing a task must not be part of a chord")
         if isinstance(sig, chain) and not sig.tasks:
             raise ImproperlyConfigured("Cannot replace with an empty chain")
@@ -4527,17 +4438,17 @@ class Task:
         sig.set(**nesting, root_id=request.root_id)
         for step in reversed(request.chain or ()):
             sig |= maybe_signature(step, self.app, True).set(**nesting)
-        place = {"group_id": request.group, "group_index": request.group_index}
-        _place(sig, {**place, "chord": request.chord})
+        _place(sig, **request.place)
         return self.on_replace(sig)
 
     def on_replace(self, sig: Any) -> Any:
-        """Send what replaces the task; may be overridden, with a call of this method."""
-        if self.request.is_eager:
+        """Send what replaces the task; a subclass may define it, and call this one at its end."""
+        request = self.request
+        if request.is_eager:
             return sig.apply().get(disable_sync_subtasks=False)
-        with self.app._batch(self.request.follow_ups):
+        with self.app._batch(request.follow_ups):
             sig.delay()
-        self.request.update(replaced=True)
+        request.update(replaced=True)
         raise Ignore("Replaced by new task")
 
     def add_to_chord(self, sig: Any, lazy: bool = False) -> Any:
@@ -4546,10 +4457,9 @@ class Task:
         request = self.request
         if not request.chord:
             raise ValueError("Current task is not member of any chord")
-        place = {"group_id": request.group, "group_index": request.group_index}
         sig = _single(sig)
         sig.freeze(root_id=request.root_id)
-        _place(sig, {**place, "chord": request.chord})
+        _place(sig, **request.place)
         with self.app._batch() as batch:
             batch.chords.append((request.group, 1, None))
             return sig if lazy else sig.delay()
@@ -4563,9 +4473,14 @@ class Task:
             raise ValueError("update_state: no task runs here; pass task_id")
         self.backend.put_results([result_row(self.app, about, state, meta)])
 
+    def send_event(self, type_: str, **fields: Any) -> None:
+        """Send an event about this call: `self.send_event('task-progress', percent=50)`."""
+        request = self.request
+        EventDispatcher(self.app, request.hostname).send(type_, uuid=request.id, **fields)
+
     def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult:  # noqa: N802
         """Return the result of a call of this task by its id."""
-        return self.app.AsyncResult(task_id, task_name=self.name, **kwargs)
+        return self.app.AsyncResult(task_id, **kwargs)
 
     def __reduce__(self) -> Any:
         return _task_by_name, (self.name, self.__module__)
@@ -4599,34 +4514,30 @@ _CARRIED_OPTIONS = (
     "root_id parent_id shadow expires headers reply_to origin ignore_result stamped_headers stamps "
     "replaced_task_nesting group_index"
 ).split()
-#: What `apply_async` takes besides args and kwargs. From `producer` on these are options of kombu's
-#: publish that change nothing here.
+#: What `apply_async` takes besides args and kwargs.
 _CALL_OPTIONS = {*_SHARED_OPTIONS, *_CARRIED_OPTIONS, *_EMBEDDED.values()}.union(
     "task_id countdown eta retry retry_policy retries argsrepr kwargsrepr add_to_parent group_id "
-    "throw producer publisher connection router route_name result_cls delivery_mode mandatory "
-    "immediate declare task_type".split()
+    "throw".split()
 )
-#: Options of Celery's calls and tasks that this version does not have yet.
-_LATER_OPTIONS = {"compression", "rate_limit", "pydantic", "retry_on_worker_lost"}
+#: Options of Celery's tasks that taskq does not have.
+_FOREIGN_OPTIONS = {"compression", "pydantic", "retry_on_worker_lost"}
 
 
 def _check_call_options(options: dict[str, Any]) -> None:
     for name in options.keys() - _CALL_OPTIONS:
         if options[name] is not None:
-            if name in _LATER_OPTIONS:
-                raise _unavailable(f"apply_async({name}=...)")
             hint = _hint(name, _CALL_OPTIONS, 0.6)
             raise TypeError(f"apply_async() has no option {name!r}{hint}")
 
 
 def _check_task_options(options: dict[str, Any], base: Any) -> None:
-    for name, value in options.items():
-        if name in _LATER_OPTIONS and value:
-            raise _unavailable(f"the task option {name!r}")
-        if name not in _FROM_SETTINGS and not hasattr(base, name):
-            hint = _hint(name, [*_FROM_SETTINGS, *dir(base)], 0.8)
-            if hint:
-                raise TypeError(f"unknown task option {name!r}{hint}")
+    _rate(options.get("rate_limit"))  # ValueError
+    for name in options.keys() - _FROM_SETTINGS.keys():
+        if name in _FOREIGN_OPTIONS and options[name]:
+            raise TypeError(f"taskq has no task option {name!r}; leave it out")
+        hint = "" if hasattr(base, name) else _hint(name, [*_FROM_SETTINGS, *dir(base)], 0.8)
+        if hint:
+            raise TypeError(f"unknown task option {name!r}{hint}")
 
 
 class TaskRegistry(dict):
@@ -4648,40 +4559,30 @@ class TaskRegistry(dict):
         return super().__contains__(name) or name in _by_name
 
 
-def _main_module() -> str | None:
-    """Return the name under which a worker imports the script that runs as `__main__`."""
-    main = sys.modules.get("__main__")
-    spec = getattr(main, "__spec__", None)
-    if spec is not None:
-        return spec.name[:-9] if spec.name.endswith(".__main__") else spec.name
-    path = getattr(sys.modules.get("__mp_main__", main), "__file__", None)
-    if path is None or not path.endswith(".py"):
-        return None
-    return _package_root(os.path.abspath(path))[1]
-
-
-def _home(frame: Any) -> str:
-    """Return the directory of the script or top-level package whose code runs in `frame`."""
-    while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
-        frame = frame.f_back
-    path, module, spec = map(frame.f_globals.get, ("__file__", "__name__", "__spec__"))
-    if not path:  # a notebook or a REPL
-        return os.getcwd()
-    if module in ("__main__", "__mp_main__"):
-        module = spec.name if spec is not None else _main_module()
-    folder, name = os.path.split(os.path.abspath(path))
-    depth = (module or "").count(".") + (name == "__init__.py")
-    return os.path.normpath(os.path.join(folder, *[os.pardir] * depth))
+def _origin(module: dict[str, Any] | None = None) -> tuple[str, str | None]:
+    """Return the directory that a module is imported from, and its name there (None in a notebook
+    or REPL), by its globals; by default those of the script that runs as `__main__`."""
+    if module is None:
+        module = vars(sys.modules.get("__mp_main__") or sys.modules["__main__"])
+    path, name, spec = map(module.get, ("__file__", "__name__", "__spec__"))
+    if not path or name is None:
+        return os.getcwd(), None
+    if name in ("__main__", "__mp_main__"):
+        if spec is None:
+            root, name = _package_root(path)
+            return root, name if path.endswith(".py") else None
+        name = spec.name
+    root, file = os.path.split(os.path.abspath(path))
+    for _ in range(name.count(".") + (file == "__init__.py")):
+        root = os.path.dirname(root)
+    return root, name[:-9] if name.endswith(".__main__") else name
 
 
 def _derived(make: Callable[[Any], Any]) -> Any:
     """Return a property of an app that is made of its settings: anew when one has changed."""
 
     def get(app: Any) -> Any:
-        version, made = app._made
-        if version != app.conf.version:
-            made = {}
-            app._made = app.conf.version, made
+        made = app.conf.made
         if make not in made:
             made[make] = make(app)
         return made[make]
@@ -4690,10 +4591,8 @@ def _derived(make: Callable[[Any], Any]) -> Any:
 
 
 def _with_app(make: Any) -> Any:
-    """Return a method of an app that calls a function, or class, with it."""
-
-    named = functools.wraps(make, updated=())
-    return named(lambda app, *args, **kwargs: make(*args, **{"app": app, **kwargs}))
+    """Return a property of an app: a function, or class, to be called with it."""
+    return property(lambda app: functools.partial(make, app=app), doc=make.__doc__)
 
 
 class TaskQ:
@@ -4706,42 +4605,51 @@ class TaskQ:
     None keep them with the messages. Other keyword arguments are settings.
     """
 
-    #: What an app may be given that is no setting, and a subclass may change.
-    OPTIONS = "task_cls set_as_current autofinalize strict_typing config_source namespace".split()
+    #: The base of the tasks, or 'module:Class'; a subclass may name another.
     task_cls: Any = Task
-    set_as_current = autofinalize = strict_typing = True
-    config_source = namespace = _unset
 
     def __init__(
-        self, main: str | None = None, *, broker: Any = None, backend: Any = None, **options: Any
+        self,
+        main: str | None = None,
+        *,
+        broker: Any = None,
+        backend: Any = None,
+        task_cls: Any = None,
+        set_as_current: bool = True,
+        strict_typing: bool = True,
+        config_source: Any = None,
+        namespace: str | None = None,
+        **settings: Any,
     ) -> None:
         self.main = main
-        self.home: str | None = _home(sys._getframe(1))  # where the store is, if no broker says so
+        #: Whether calls are checked against the signatures of tasks, unless their `typing` is off.
+        self.strict_typing = strict_typing
+        #: Where the store is, if no broker says so.
+        self.home: str | None = _origin(sys._getframe(1).f_globals)[0]
+        #: Counts the tasks: a background worker's children are forked anew for new ones.
+        self.generation = 0
         self.finalized = self._finalizing = False
-        self.generation = 0  # of tasks: a background worker's children are forked anew for each
         self._lock = threading.RLock()
-        self._tasks = TaskRegistry(options.pop("tasks", None) or {})
+        self._discover: list[tuple[Any, Any]] = []
+        self._tasks = TaskRegistry()
         self._tasks.app = self
-        self._discover: list[Callable[[], None]] = []
-        self._made: tuple[int, dict[Any, Any]] = (-1, {})  # see _derived
-        given = {"broker_url": broker, "result_backend": backend}
-        given = {name: value for name, value in given.items() if value is not None}
-        given.update(options.pop("changes", None) or {})
-        for name, value in options.items():
-            if name not in self.OPTIONS:
-                if not _is_setting(name):
-                    hint = _hint(name, ("broker", "backend", *self.OPTIONS, *SETTINGS), 0.6)
-                    raise TypeError(f"TaskQ() has no option {name!r}{hint}")
-                given[name] = value
-            elif value is not None:
-                setattr(self, name, value)
+        self.on_after_configure = Signal("on_after_configure", "source")
+        self.on_after_finalize = Signal("on_after_finalize")
         self._conf = Settings()
-        self._conf.update(given)
-        self._loaded, self._silent = self.config_source is None, False
-        self._sourced: set[str] = set()
-        self.Task = _symbol(self.task_cls) if isinstance(self.task_cls, str) else self.task_cls
+        self._source: Any = None  # what is still to be read into it
+        for name in settings.keys() - SETTINGS.keys():
+            if not re.match("(beat|broker|control|event|redis|result|task|worker)_", name):
+                known = (*(TaskQ.__init__.__kwdefaults__ or ()), *SETTINGS)
+                raise TypeError(f"TaskQ() has no option {name!r}{_hint(name, known, 0.6)}")
+        named = {"broker_url": broker, "result_backend": backend}
+        given = {name: value for name, value in named.items() if value is not None}
+        self._conf.update(given, **settings)
+        if config_source is not None:
+            self.config_from_object(config_source, namespace=namespace)
+        base = task_cls or self.task_cls
+        self.Task = _symbol(base) if isinstance(base, str) else base
         _apps.add(self)
-        if self.set_as_current:
+        if set_as_current:
             self.set_current()
 
     def set_current(self) -> None:
@@ -4750,41 +4658,28 @@ class TaskQ:
 
     set_default = set_current
 
-    # -- settings ------------------------------------------------------------------------------
-
     @property
     def conf(self) -> Settings:
-        """The app's settings; a configuration source is read at the first use."""
-        if not self._loaded:
+        """The app's settings; a configuration is read when they are first asked for."""
+        if self._source is not None:
             with self._lock:
-                if not self._loaded:  # by another thread
-                    self._load_config()
+                source, self._source = self._source, None  # what is read may use the app
+                try:
+                    obj, silent, namespace = source or ({}, True, None)
+                    with contextlib.suppress(ImportError) if silent else contextlib.nullcontext():
+                        self._conf.load(_symbol(obj) if isinstance(obj, str) else obj, namespace)
+                except BaseException:
+                    self._source = source
+                    raise
         return self._conf
-
-    def _load_config(self) -> None:
-        conf, source = self._conf, self.config_source
-        # What the app was given stands above its configuration, but not what an earlier one said.
-        given = {name: v for name, v in conf.changed.items() if name not in self._sourced}
-        self._loaded = True  # the source may use the app
-        try:
-            conf.load(_symbol(source) if isinstance(source, str) else source, self.namespace)
-        except BaseException as exc:
-            self._loaded = self._silent and isinstance(exc, ImportError)
-            if not self._loaded:
-                raise
-        self._sourced = conf.changed.keys() - given.keys()
-        conf.update(given)
 
     def config_from_object(
         self, obj: Any, silent: bool = False, force: bool = False, namespace: str | None = None
     ) -> None:
-        """Take settings from an object, or the name of a module: `config_from_object('proj.conf')`.
-
-        It is read when a setting is first needed, with `force` now. With a namespace only names
-        that begin with it count. `silent` passes over a module that does not exist.
-        """
-        self.config_source, self._silent, self._loaded = obj, silent, False
-        self.namespace = namespace or self.namespace
+        """Take settings from an object, or the name of a module, when one is first needed, with
+        `force` now; what is set on the app itself stands above them. With a namespace only names
+        that begin with it count; `silent` passes over a module that does not exist."""
+        self._source = obj, silent, namespace
         if force:
             self.conf  # noqa: B018 - reading it loads the source
 
@@ -4805,10 +4700,8 @@ class TaskQ:
         """Where the app's messages are."""
         url = self.conf.broker_url
         if not url and self.home is None:
-            hint = "in proj/__init__.py: from .celery import app"
-            raise ImproperlyConfigured(
-                f"no app has been made yet: import its module first ({hint})"
-            )
+            why = "no app has been made yet: import its module first"
+            raise ImproperlyConfigured(f"{why} (in proj/__init__.py: from .celery import app)")
         url = url or "sqlite:///" + os.path.join(self.home or "", "taskq.db")
         options = {**self.conf.broker_transport_options, **(self.conf.broker_use_ssl or {})}
         return self._opened(url if isinstance(url, str) else url[0], options)
@@ -4828,10 +4721,8 @@ class TaskQ:
             return _Disabled()
         options = {**conf.result_backend_transport_options, **(conf.redis_backend_use_ssl or {})}
         options.pop("global_keyprefix", None)  # see _opened
-        for name in SETTINGS:
-            option = re.match("redis_(?:backend_)?(socket_.*|health_.*)", name)
-            if option and conf[name]:
-                options[option[1]] = conf[name]
+        tuned = re.compile("redis_(backend_)?(?=socket|health)")
+        options.update({tuned.sub("", k): v for k, v in conf.items() if v and tuned.match(k)})
         return self._opened(url, options)
 
     def _opened(self, url: str, options: dict[str, Any]) -> Store:
@@ -4857,31 +4748,29 @@ class TaskQ:
     def tasks(self) -> TaskRegistry:
         """The tasks by name; shared tasks are added when it is first asked for."""
         if not self.finalized:
-            self.finalize(auto=True)
+            self.finalize()
         return self._tasks
 
-    def finalize(self, auto: bool = False) -> None:
-        """Add shared tasks and set what `task_annotations` says; happens by itself."""
-        if auto and not self.autofinalize:
-            raise RuntimeError("Contract breach: app not finalized")
+    def finalize(self) -> None:
+        """Add shared tasks and set what `task_annotations` says; happens by itself, when the app
+        first looks a task up. Sends `on_after_configure` before and `on_after_finalize` after."""
         with self._lock:  # other threads wait until all is there
             if not self._finalizing:
                 self._finalizing = True  # what it leads to may ask for tasks
+                self.on_after_configure.send(sender=self, source=self.conf)
                 for task in list(self._tasks.values()):
                     self._annotate(task)
                 for make in _shared:
                     make(self)
                 self.finalized = True
+                self.on_after_finalize.send(sender=self)
 
     def task(self, *args: Any, **options: Any) -> Any:
         """Make a task of a function: `@app.task` or `@app.task(bind=True, max_retries=5)`.
-
-        bind: the function's first argument is the task itself. name: instead of the automatic
-        'module.function'. base: a subclass of Task. Other options become attributes of the task.
-        """
+        bind: its first argument is the task itself; name: instead of 'module.function'; base: a
+        subclass of Task. Other options become attributes of the task."""
         if len(args) > 1 or args and not callable(args[0]):
             raise TypeError(f"@app.task takes one function, and options by name: {_repr(args, 60)}")
-        options.pop("lazy", None)  # when a task is registered makes no difference here
         shared = options.pop("shared", True)
 
         def make(fun: Any) -> Any:
@@ -4894,13 +4783,12 @@ class TaskQ:
         return make(*args) if args else make
 
     def _task_from_fun(self, fun: Any, name: Any = None, base: Any = None, **options: Any) -> Any:
-        bind = options.pop("bind", False)
         base = base or self.Task
         _check_task_options(options, base)
         name = name or self.gen_task_name(fun.__name__, fun.__module__)
-        run, header = fun if bind else staticmethod(fun), staticmethod(_arguments_check(fun, bind))
         attributes = {k: v for k, v in options.items() if v is not None or k not in _FROM_SETTINGS}
-        attributes.update(name=name, run=run, __header__=header, __module__=fun.__module__)
+        run = fun if options.get("bind") else staticmethod(fun)
+        attributes.update(name=name, run=run, __module__=fun.__module__)
         task = type(fun.__name__, (base,), attributes)()
         return self._register(functools.update_wrapper(task, task.run, updated=()))
 
@@ -4911,18 +4799,16 @@ class TaskQ:
         _check_task_options(vars(cls), cls)
         if not task.name:
             task.name = self.gen_task_name(cls.__name__, cls.__module__)
-        if task.__header__ is None:
-            task.__header__ = _arguments_check(task.run, False)
         return self._register(task)
 
     def _register(self, task: Any) -> Any:
-        task.app = self
+        task.app, task.__header__ = self, _arguments_check(task.run)
         if task.autoretry_for:
             _add_autoretry(task)
         with self._lock:
             self._tasks[task.name] = task
             self.generation += 1
-        if self._loaded:
+        if self._source is None:  # else `finalize` does it
             self._annotate(task)
         return task
 
@@ -4936,7 +4822,7 @@ class TaskQ:
     def gen_task_name(self, name: str, module: str | None) -> str:
         """Return the automatic name of a function, 'proj.tasks.add'; may be overridden."""
         if module in (None, "__main__", "__mp_main__"):
-            module = _main_module() or self.main or "__main__"
+            module = _origin()[1] or self.main or "__main__"
         return f"{module}.{name}"
 
     def autodiscover_tasks(
@@ -4944,24 +4830,20 @@ class TaskQ:
     ) -> None:
         """Have workers import the module `related_name` of each package (a list, or a function that
         returns it) that has one; with `force` it is imported now."""
-
-        def discover() -> None:
-            for package in (packages() if callable(packages) else packages) or ():
-                if _import_if_there(package) is None:  # 'proj.apps.Config' may name a class
-                    package = package.rpartition(".")[0] or package
-                    importlib.import_module(package)
-                if related_name:
-                    _import_if_there(f"{package}.{related_name}")
-
-        if force:
-            discover()
-        else:
-            self._discover.append(discover)
+        if not force:
+            self._discover.append((packages, related_name))
+            return
+        for package in (packages() if callable(packages) else packages) or ():
+            if _import_if_there(package) is None:  # 'proj.apps.Config' may name a class
+                package = package.rpartition(".")[0] or package
+                importlib.import_module(package)
+            if related_name:
+                _import_if_there(f"{package}.{related_name}")
 
     def import_default_modules(self) -> None:
         """Import what `autodiscover_tasks`, `imports` and `include` name."""
-        for discover in self._discover:
-            discover()
+        for packages, related_name in self._discover:
+            self.autodiscover_tasks(packages, related_name, force=True)
         for name in (*_listed(self.conf.imports), *_listed(self.conf.include)):
             importlib.import_module(name)
         self.finalize()
@@ -4969,22 +4851,20 @@ class TaskQ:
     # -- sending ---------------------------------------------------------------------------------
 
     def send_task(
-        self, name: str, args: Any = None, kwargs: Any = None, **options: Any
+        self, name: str, args: Any = None, kwargs: Any = None, task_type: Any = None, **options: Any
     ) -> AsyncResult:
-        """Send a task by name, whether or not it is registered here; options as `apply_async`'s."""
-        if self.conf.task_always_eager:
+        """Send a task by name, whether or not it is registered here; options as `apply_async`'s.
+        task_type: the task itself."""
+        if task_type is None and self.conf.task_always_eager:
             warnings.warn(AlwaysEagerIgnored("send_task ignores task_always_eager"), stacklevel=2)
-        return self._send(name, args, kwargs, options, dict.get(self._tasks, name))
-
-    def _send(self, name: str, args: Any, kwargs: Any, options: Any, task: Any) -> AsyncResult:
+        task = task_type or dict.get(self._tasks, name)
         prepared = self._prepare(name, args, kwargs, options, task)
-        batch = _thread.batch
-        if batch is not None and batch.app is self:
-            batch.calls.append(prepared)
+        if _thread.batch is not None and _thread.batch.app is self:
+            _thread.batch.calls.append(prepared)
         else:
             self._publish([prepared], options.get("retry"), options.get("retry_policy"))
         headers = prepared.message.headers
-        result = AsyncResult(headers["id"], app=self, task_name=name)
+        result = AsyncResult(headers["id"], app=self)
         result.ignored = bool(headers["ignore_result"]) and self.keeps_results
         return _add_trail(result) if options.get("add_to_parent", True) else result
 
@@ -5018,20 +4898,22 @@ class TaskQ:
         if router.routes:
             options = router.options(name, args, kwargs, options, task)
         queues, exchange, routing_key = router.resolve(options)
-        get, due = options.get, None
-        if get("eta") is not None:
-            due = _moment("eta", get("eta"))
-        elif get("countdown") not in (None, 0):
-            due = _moment("countdown", get("countdown"))
+        get = options.get
+        due = next((_moment(name, get(name)) for name in ("eta", "countdown") if get(name)), None)
         headers = self._headers(name, args, kwargs, options, due)
-        info, priority = {"exchange": exchange, "routing_key": routing_key}, self._priority(options)
+        priority, (_, parent) = get("priority"), _running()
+        if priority is None and parent is not None and self.conf.task_inherit_parent_priority:
+            priority = (parent.delivery_info or {}).get("priority")
+        if priority is not None and (type(priority) is not int or not 0 <= priority <= 9):
+            raise ValueError(f"priority={_repr(priority, 60)}: expected 0 (highest) to 9")
+        priority = priority or 0
+        info = {"exchange": exchange, "routing_key": routing_key}
         properties = {"correlation_id": headers["id"], "delivery_tag": headers["id"]}
         properties.update(delivery_mode=2, delivery_info=info, priority=priority)
         properties["reply_to"] = get("reply_to") or ""
         embed = {field: get(option) for field, option in _EMBEDDED.items()}
         for field in ("callbacks", "errbacks"):
-            if embed[field]:
-                embed[field] = [_signature_of(link) for link in _listed(embed[field])]
+            embed[field] = _links(embed[field]) or None
         payload = (args, kwargs, embed)
         if before_task_publish.receivers:
             named = {"headers": headers, "properties": properties, "body": payload, **info}
@@ -5071,27 +4953,19 @@ class TaskQ:
             **(get("headers") or {}),
         }
 
-    def _priority(self, options: dict[str, Any]) -> int:
-        """Return the priority of a call, by its options or those of the task that makes it."""
-        priority = options.get("priority")
-        if priority is None and self.conf.task_inherit_parent_priority:
-            _, parent = _running()
-            priority = parent and (parent.delivery_info or {}).get("priority")
-        if priority is None:
-            return 0
-        if isinstance(priority, bool) or not isinstance(priority, int) or not 0 <= priority <= 9:
-            raise ValueError(f"priority={_repr(priority, 60)}: expected 0 (highest) to 9")
-        return priority
-
-    def _publish(self, calls: Any, retry: Any = None, policy: Any = None, chords: Any = ()) -> None:
-        """Send calls, all or none, trying again as `task_publish_retry` and its policy say."""
+    def _publish(
+        self, calls: Any, retry: Any = None, policy: Any = None, chords: Any = (), run: Any = None
+    ) -> bool:
+        """Send calls, all or none, trying again as `task_publish_retry` and its policy say; return
+        what `Store.publish` does, of a periodic `run`."""
         deliveries = [delivery for call in calls for delivery in call.deliveries]
         for attempt in itertools.count():
             try:
                 if chords and self.backend is not self.store:
                     self.backend.publish((), chords)
                     chords = ()
-                self.store.publish(deliveries, chords)
+                if not self.store.publish(deliveries, chords, run):
+                    return False
                 break
             except OperationalError:
                 conf = self.conf
@@ -5103,14 +4977,17 @@ class TaskQ:
                     raise
                 step = policy["interval_start"] + attempt * policy["interval_step"]
                 time.sleep(min(step, policy["interval_max"]))
+        if self.conf.task_send_sent_event:
+            EventDispatcher(self).publish(sent_events(calls))
         for message, payload, _ in calls if after_task_publish.receivers else ():
             info = message.properties["delivery_info"]
             headers = message.headers
             after_task_publish.send(sender=headers["task"], body=payload, headers=headers, **info)
+        return True
 
     def _unlock_delivery(self, gid: str, body: Any, parts: Iterable[str] = ()) -> Delivery:
         """Return the message that has a chord's body called, for the queue of its first task."""
-        first = body._all()[0]
+        first = body._tasks()[0]
         task = self.tasks.get(first.task)
         options = {**(task._call_defaults() if task else {}), **first.options}
         options = self.router.options(first.task, first.args, first.kwargs, options, task)
@@ -5138,8 +5015,7 @@ class TaskQ:
         argv = list(sys.argv if argv is None else argv)
         if "worker" not in argv:
             raise ValueError(
-                "The worker sub-command must be specified in argv.\n"
-                "Use app.start() to programmatically start other commands."
+                f"worker_main: the word 'worker' is missing in {argv}; or use app.start"
             )
         has_program = argv[0] != "worker" and not argv[0].startswith("-")
         return self.start(argv[has_program:])
@@ -5148,11 +5024,50 @@ class TaskQ:
         """Run the command line with this app: `app.start()` at the end of proj/celery.py."""
         return main(argv, app=self)
 
+    # -- watching and steering -------------------------------------------------------------------
+
+    def add_periodic_task(
+        self, schedule: Any, sig: Any, args: Any = (), kwargs: Any = None, **options: Any
+    ) -> str:
+        """Have beat send a signature (or a task, with these arguments) by a schedule, which is
+        seconds, a timedelta or a crontab: `app.add_periodic_task(30.0, add.s(2, 2), expires=10)`.
+
+        Returns the entry's `name` in `beat_schedule`, by default the call as text.
+        """
+        name = options.pop("name", None)
+        sig = sig if isinstance(sig, Signature) else self.signature(sig)
+        sig = sig.clone(args, kwargs, **options)
+        entry = {field: sig[field] for field in _ENTRY if sig.get(field) is not None}
+        entry["schedule"], key = schedule, name or repr(sig)
+        _entry(self, key, entry)  # what is wrong is said here
+        self.conf["beat_schedule"] = {**self.conf.beat_schedule, key: entry}
+        return key
+
+    @functools.cached_property
+    def clock(self) -> Any:
+        """The app's LamportClock, which remote control and events carry along."""
+        return LamportClock()
+
+    @functools.cached_property
+    def control(self) -> Any:
+        """Remote control of the app's workers: `app.control.inspect().active()`."""
+        return Control(self)
+
+    @functools.cached_property
+    def events(self) -> Any:
+        """What receives events and keeps them: `app.events.Receiver(...)`, `app.events.State()`."""
+        receiver = functools.partial(EventReceiver, app=self)
+        return types.SimpleNamespace(Receiver=receiver, State=State)
+
+    def connection(self, *_: Any, **__: Any) -> Any:
+        """Return what Celery's monitors ask for: `with app.connection() as connection:`."""
+        return contextlib.nullcontext(self.store)
+
     def bugreport(self) -> str:
         """Return the versions and settings that a bug report should name."""
         return bugreport(self)
 
-    def close(self) -> None:
+    def close(self, *exc_info: Any) -> None:
         """Let go of the stores of this thread."""
         for store in list(_stores.values()):
             store.close()
@@ -5160,13 +5075,7 @@ class TaskQ:
     def __enter__(self) -> TaskQ:
         return self
 
-    def __exit__(self, *exc_info: Any) -> None:
-        self.close()
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("control", "events", "add_periodic_task", "on_after_configure"):
-            raise _unavailable(f"app.{name}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    __exit__ = close
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.main or '__main__'} at {id(self):#x}>"
@@ -5196,9 +5105,8 @@ def shared_task(*args: Any, **options: Any) -> Any:
         return functools.partial(shared_task, **options)
     (fun,) = args
     _shared.append(lambda app: app.task(fun, **options))
-    for app in list(_apps):
-        if app.finalized:
-            _shared[-1](app)
+    for app in [app for app in _apps if app.finalized]:
+        _shared[-1](app)
 
     def find() -> Any:
         app = current_app._get_current_object()
@@ -5207,19 +5115,19 @@ def shared_task(*args: Any, **options: Any) -> Any:
     return Proxy(find)
 
 
-def _arguments_check(fun: Any, bound: bool) -> Any:
-    """Return a function with the signature of `fun` that does nothing: a wrong call raises."""
+def _arguments_check(run: Any) -> Any:
+    """Return a function with the signature of `run` that does nothing: a wrong call raises."""
     import inspect
 
     try:
-        signature = inspect.signature(functools.partial(fun, None) if bound else fun)
+        signature = inspect.signature(run)
     except (TypeError, ValueError):  # a builtin without one
         return lambda *args, **kwargs: None
     blank = []
     for parameter in signature.parameters.values():
         default = parameter.default if parameter.default is parameter.empty else None
         blank.append(parameter.replace(default=default, annotation=parameter.empty))
-    name = fun.__name__ if getattr(fun, "__name__", "").isidentifier() else "run"
+    name = run.__name__ if getattr(run, "__name__", "").isidentifier() else "run"
     names: dict[str, Any] = {}
     # A real call beats Signature.bind 20 times.
     exec(f"def {name}{inspect.Signature(blank)}: pass", names)
@@ -5228,9 +5136,7 @@ def _arguments_check(fun: Any, bound: bool) -> Any:
 
 def _add_autoretry(task: Any) -> None:
     """Wrap `run` so that the exceptions of `autoretry_for` retry the task."""
-    if isinstance(task.autoretry_for, type):
-        raise TypeError(f"autoretry_for={task.autoretry_for!r}: expected a tuple of exceptions")
-    run = task.run
+    run, errors = task.run, tuple(_listed(task.autoretry_for))
 
     @functools.wraps(run)
     def run_or_retry(*args: Any, **kwargs: Any) -> Any:
@@ -5238,7 +5144,7 @@ def _add_autoretry(task: Any) -> None:
             return run(*args, **kwargs)
         except (Ignore, Retry, Reject, *task.dont_autoretry_for):
             raise
-        except tuple(task.autoretry_for) as exc:
+        except errors as exc:
             options = dict(task.retry_kwargs)
             if task.retry_backoff:
                 factor = int(max(1.0, task.retry_backoff))
@@ -5253,29 +5159,18 @@ def _add_autoretry(task: Any) -> None:
     task.run = run_or_retry
 
 
-#: The options of a call that are times: their types, and what an error says is expected.
-_TIMES: dict[str, tuple[Any, str]] = {
-    "countdown": ((int, float), "seconds"),
-    "eta": ((datetime, str), "a datetime or ISO 8601 text; for seconds use countdown="),
-    "expires": ((int, float, timedelta, datetime, str), "seconds, a datetime or ISO 8601 text"),
-}
-
-
 def _moment(name: str, value: Any) -> datetime:
-    """Return the time in UTC that an option means; TypeError or ValueError if it is none."""
-    kinds, expected = _TIMES[name]
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise TypeError(f"{name}={_repr(value, 60)}: expected {expected}")
-    try:
-        if isinstance(value, (int, float)):
-            value = timedelta(seconds=value)
-        if isinstance(value, timedelta):
-            return datetime.now(timezone.utc) + value
-        return datetime.fromtimestamp(_timestamp(value), timezone.utc)
-    except OverflowError:
-        raise ValueError(f"{name}={value!r} is out of range") from None
-    except ValueError:
-        raise ValueError(f"{name}={value!r}: expected {expected}") from None
+    """Return the time in UTC that an option means, which may be seconds from now unless it is
+    `eta`; ValueError if it is none."""
+    with contextlib.suppress(OverflowError, ValueError):
+        if isinstance(value, (datetime, str)):
+            return datetime.fromtimestamp(_timestamp(value), timezone.utc)
+        if name != "eta" and (_is_number(value) or isinstance(value, timedelta)):
+            wait = value if isinstance(value, timedelta) else timedelta(seconds=value)
+            return datetime.now(timezone.utc) + wait
+    expected = "a datetime or ISO 8601 text"
+    expected += "; for seconds use countdown=" if name == "eta" else ", or seconds"
+    raise ValueError(f"{name}={_repr(value, 60)}: expected {expected}")
 
 
 def _encode_call(headers: Any, properties: Any, payload: Any, serializer: str) -> Any:
@@ -5297,25 +5192,6 @@ def _encode_call(headers: Any, properties: Any, payload: Any, serializer: str) -
             except EncodeError as own:
                 raise EncodeError(f"{name}: {place} cannot be serialized: {own}") from None
         raise EncodeError(f"{name}: {exc}") from None
-
-
-def _merged_arguments(run: Any, request: Context, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Return a request's arguments with others in their place, all or only those of one kind."""
-    import inspect
-
-    if (args is None) == (kwargs is None):
-        return (request.args, request.kwargs) if args is None else (args, kwargs)
-    try:
-        signature = inspect.signature(run)
-        bound = signature.bind_partial(*(request.args if args is None else args))
-    except (TypeError, ValueError):  # a builtin; or wrong arguments, which the call will show
-        return request.args if args is None else args, kwargs or {}
-    names = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    taken = bound.arguments.keys() & names
-    if kwargs is None:
-        return args, {name: v for name, v in request.kwargs.items() if name not in taken}
-    bound.arguments.update({name: kwargs[name] for name in taken & kwargs.keys()})
-    return bound.args, {**bound.kwargs, **{k: v for k, v in kwargs.items() if k not in taken}}
 
 
 @functools.lru_cache(maxsize=None)
@@ -5340,15 +5216,11 @@ class ExceptionInfo:
         tb = exc.__traceback__
         while tb is not None and tb.tb_next is not None and tb.tb_frame.f_globals is globals():
             tb = tb.tb_next
-        self.type, self.exception, self.tb = type(exc), exc, tb
-        self.exc_info = (self.type, exc, tb)
+        self.type, self.exception, self.tb = self.exc_info = (type(exc), exc, tb)
         self.traceback = "".join(traceback.format_exception(*self.exc_info))
 
     def __str__(self) -> str:
         return self.traceback
-
-    def __repr__(self) -> str:
-        return f"<ExceptionInfo: {self.exception!r}>"
 
 
 #: What `run_task` has to tell: the state, the return value or exception, and its traceback as text.
@@ -5381,7 +5253,7 @@ def run_task(task: Any, request: Context, propagate: bool = False) -> Run:
         except (SystemExit, KeyboardInterrupt):
             raise  # the process ends; see `lost`
         except BaseException as exc:
-            if propagate and not isinstance(exc, (Retry, Ignore, Reject)):
+            if propagate and not isinstance(exc, (Ignore, Reject)):
                 raise
             run = _failed(task, request, exc)
         if cls.after_return is not Task.after_return and run.state in READY_STATES:
@@ -5398,24 +5270,23 @@ def run_task(task: Any, request: Context, propagate: bool = False) -> Run:
 
 
 def _keeps_result(task: Any, request: Context, state: str) -> bool:
-    """Return whether this call keeps a result; what it says stands above the task (None: it is not
-    known), and a chord above both: its body needs the results of its parts."""
+    """Return whether this call keeps a result: what it says stands above the task, and a chord
+    above both, for its body needs the results of its parts."""
     if request.is_eager and not task.store_eager_result:
         return False
-    if state == FAILURE and task is not None and task.store_errors_even_if_ignored:
+    if state == FAILURE and task.store_errors_even_if_ignored:
         return True
     ignored = vars(request).get("ignore_result")
-    if ignored is None:
-        ignored = task is not None and task.ignore_result
-    return bool(request.chord or not ignored)
+    return bool(request.chord or not (task.ignore_result if ignored is None else ignored))
 
 
 def _keep_result(
-    app: TaskQ, task: Any, request: Context, state: str, value: Any, traceback: Any = None
+    task: Any, request: Context, state: str, value: Any, traceback: Any = None
 ) -> None:
     """Note a result, if this call keeps one, to be settled with the task's end."""
     if _keeps_result(task, request, state):
-        request.follow_ups.results.append(result_row(app, request, state, value, traceback))
+        row = result_row(task.app, request, state, value, traceback)
+        request.follow_ups.results.append(row)
 
 
 def _succeeded(task: Any, request: Context, value: Any, started: float) -> Run:
@@ -5423,68 +5294,80 @@ def _succeeded(task: Any, request: Context, value: Any, started: float) -> Run:
     handlers and log."""
     if request.callbacks or request.chain or request.chord:
         _call_next(task.app, request, value)
-    _keep_result(task.app, task, request, SUCCESS, value)
+    _keep_result(task, request, SUCCESS, value)
     runtime = time.monotonic() - started
     if type(task).on_success is not Task.on_success:
         _tell(task, request, "on_success", value)
     if task_success.receivers:
         task_success.send(sender=task, result=value, runtime=runtime)
-    if trace_logger.isEnabledFor(logging.INFO):
-        shown = {"runtime": runtime, "return_value": _repr(value, task.resultrepr_maxsize)}
-        _log(task, request, logging.INFO, "succeeded in %(runtime)ss: %(return_value)s", shown)
+    if request._events is not None or trace_logger.isEnabledFor(logging.INFO):
+        shown = _repr(value, task.resultrepr_maxsize)
+        data = {"runtime": runtime, "return_value": shown}
+        _log(task, request, logging.INFO, "succeeded in %(runtime)ss: %(return_value)s", data)
+        _note_event(request, "succeeded", result=shown, runtime=runtime)
     return Run(SUCCESS, value, None)
 
 
 def _failed(task: Any, request: Context, exc: Any) -> Run:
     """Note whatever a task has raised, then tell handlers, signals and log."""
-    einfo, app, shown = ExceptionInfo(exc), task.app, _repr(exc)
+    einfo, shown = ExceptionInfo(exc), _repr(exc)
     if isinstance(exc, Retry):
         state, level, message, shown = RETRY, logging.INFO, "retry: %(exc)s", str(exc)
-        _keep_result(app, task, request, RETRY, exc.exc, einfo.traceback)
+        _keep_result(task, request, RETRY, exc.exc, einfo.traceback)
         _tell(task, request, "on_retry", exc.exc, einfo=einfo)
         task_retry.send(sender=task, request=request, reason=exc, einfo=einfo)
+        _note_event(request, "retried", exception=_repr(exc.exc), traceback=einfo.traceback)
     elif isinstance(exc, Ignore):
         state, level, message = IGNORED, logging.INFO, "ignored"
         if not request.replaced:
-            _break_off(app, request, REVOKED, TaskRevokedError("ignored"))
+            _break_off(task.app, request, REVOKED, TaskRevokedError("ignored"))
     elif isinstance(exc, Reject):
         state, level, message = REJECTED, logging.WARNING, "%(exc)s"
         if not exc.requeue:
-            _fail(app, task, request, FAILURE, exc, einfo.traceback)
+            _fail(task, request, FAILURE, exc, einfo.traceback)
+        _note_event(request, "rejected", requeue=exc.requeue)
     else:
         state, level, message = FAILURE, logging.ERROR, "raised unexpected: %(exc)s"
         if task.throws and isinstance(exc, task.throws):
             level, message = logging.INFO, "raised expected: %(exc)s"
-        _fail(app, task, request, FAILURE, exc, einfo.traceback)
-        _announce_failure(task, request, einfo)
+        _fail_for_good(task, request, einfo)
     exc_info = einfo.exc_info if level >= logging.WARNING else None
     _log(task, request, level, message, {"exc": shown}, exc_info)
     return Run(state, exc, einfo.traceback)
 
 
-def _fail(
-    app: TaskQ, task: Any, request: Context, state: str, exc: Any, traceback: Any = None
-) -> None:
+def _fail(task: Any, request: Context, state: str, exc: Any, traceback: Any = None) -> None:
     """Note the end of a task that has failed or was revoked, and of what waits for it."""
     request.follow_ups = Batch()  # what was to follow its success does not
-    _keep_result(app, task, request, state, exc, traceback)
-    _break_off(app, request, state, exc, traceback)
+    _keep_result(task, request, state, exc, traceback)
+    _break_off(task.app, request, state, exc, traceback)
+
+
+def _note_event(request: Context, what: str, **fields: Any) -> None:
+    """Note an event of a task, if anybody wants to hear of it, to be sent after its end."""
+    if request._events is not None:
+        fields = {"uuid": request.id, "timestamp": time.time(), **fields}
+        request._events.append((f"task-{what}", fields))
 
 
 def _log(
-    task: Any, request: Context, level: int, text: str, data: dict[str, Any], exc_info: Any = None
+    task: Any, request: Context, level: int, text: str, data: Any, exc_info: Any = None
 ) -> None:
     if trace_logger.isEnabledFor(level):
         data = {"id": request.id, "name": request.shadow or task.name, **data}
         trace_logger.log(level, f"Task %(name)s[%(id)s] {text}", data, exc_info=exc_info)
 
 
-def _announce_failure(task: Any, request: Context, einfo: ExceptionInfo) -> None:
-    """Tell the task's handler and the receivers of `task_failure`."""
+def _fail_for_good(task: Any, request: Context, einfo: ExceptionInfo) -> None:
+    """Note that a task has failed; tell its handler and the receivers of `task_failure`."""
     exc = einfo.exception
-    _tell(task, request, "on_failure", exc, einfo=einfo)
-    named = {"task_id": request.id, "args": request.args, "kwargs": request.kwargs, "einfo": einfo}
-    task_failure.send(sender=task, exception=exc, traceback=exc.__traceback__, **named)
+    _fail(task, request, FAILURE, exc, einfo.traceback)
+    _note_event(request, "failed", exception=_repr(exc), traceback=einfo.traceback)
+    if task.name:  # it is known
+        _tell(task, request, "on_failure", exc, einfo=einfo)
+        named = {"task_id": request.id, "args": request.args, "kwargs": request.kwargs}
+        named.update(exception=exc, traceback=exc.__traceback__, einfo=einfo)
+        task_failure.send(sender=task, **named)
 
 
 def _tell(task: Any, request: Context, handler: str, *first: Any, **einfo: Any) -> None:
@@ -5525,18 +5408,13 @@ def _end_part(app: TaskQ, request: Context) -> None:
         request.follow_ups.parts.append(part)
 
 
-def _break_off(
-    app: TaskQ, request: Context, state: str, exc: BaseException, traceback: str | None = None
-) -> None:
-    """Give what waits for a task that has not succeeded its end, together with the task's own.
-
-    The later steps of its chain have the same state and exception, its chord a part that failed;
-    after a FAILURE its errbacks are called.
-    """
+def _break_off(app: TaskQ, request: Context, state: str, exc: Any, traceback: Any = None) -> None:
+    """Give what waits for a task that has not succeeded its end, together with the task's own: the
+    later steps of its chain have the same, its chord a part that failed; after a FAILURE its
+    errbacks are called."""
     try:
         _end_part(app, request)
-        for step in reversed(request.chain or ()):
-            _end(app, request, maybe_signature(step, app), state, exc, traceback)
+        _end(app, request, request.chain, state, exc, traceback)
         if state == FAILURE:
             _call_errbacks(app, request, exc, traceback)
     except Exception as error:
@@ -5546,20 +5424,28 @@ def _break_off(
 
 def _uncalled(request: Context, sig: Any) -> Context:
     """Return the request of a task that will not be called: it ends with that of another one."""
-    fields = {name: sig.options.get(name) for name in ("chord", "group_index", "root_id")}
-    errbacks = _listed(sig.options.get("link_error"))
-    group = sig.options.get("group_id")
-    found = Context(fields, id=sig.id, task=sig.task, group=group, errbacks=errbacks)
+    get, about = sig.options.get, {"id": sig.id, "task": sig.task, "is_eager": request.is_eager}
+    about.update((name, get(name)) for name in ("chord", "chain", "group_index", "root_id"))
+    found = Context(about, group=get("group_id"), errbacks=_listed(get("link_error")))
     found.follow_ups = request.follow_ups
     return found
 
 
-def _end(app: TaskQ, request: Context, sig: Any, state: str, exc: Any, traceback: Any) -> None:
-    """Note the end of every task in a signature that will not be called."""
-    for task in sig._all():
-        about = _uncalled(request, task)
-        about.follow_ups.results.append(result_row(app, about, state, exc, traceback))
-        _end_part(app, about)
+def _end(app: TaskQ, request: Context, steps: Any, state: str, exc: Any, traceback: Any) -> None:
+    """Note the end of every task in steps of a chain, the next one last, that are not called."""
+    for step in reversed(steps or ()):
+        for task in maybe_signature(step, app)._tasks():
+            about = _uncalled(request, task)
+            about.follow_ups.results.append(result_row(app, about, state, exc, traceback))
+            _end_part(app, about)
+            _end(app, about, about.chain, state, exc, traceback)
+
+
+def _body_failed(app: TaskQ, request: Context, body: Any, exc: Any, traceback: Any) -> None:
+    """Call the errbacks of a chord's body that cannot be called: those of its first tasks."""
+    first = body.tasks[0] if isinstance(body, chain) else body
+    for task in first._tasks(last=True):
+        _call_errbacks(app, _uncalled(request, task), exc, traceback)
 
 
 def _call_errbacks(app: TaskQ, request: Context, exc: Any, traceback: Any) -> None:
@@ -5591,10 +5477,11 @@ def _takes_error(task: Any, sig: Any) -> bool:
     return left > 1 or bool(code.co_flags & 0x04)  # *args
 
 
-def execute(app: TaskQ, raw: bytes, hostname: str, begin: Callable[[Any, Context], Any]) -> Outcome:
+def execute(app: TaskQ, raw: bytes, hostname: str, begin: Any, events: bool = False) -> Outcome:
     """Turn one message into its Outcome; `begin(task, request)` is called before the task runs.
 
-    A message that no task can be made of is rejected; whatever else goes wrong is a failure.
+    With `events` the Outcome has those of the task, unless its `send_events` is off. A message that
+    no task can be made of is rejected; whatever else goes wrong is a failure.
     """
     began = time.monotonic()
     message = request = task = None
@@ -5603,37 +5490,38 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Callable[[Any, Context
         args, kwargs, embed = message.payload(app.conf.accept_content)
         request = request_of(message, args, kwargs, embed, hostname)
         task = app.tasks.get(request.task)
+        if events and (task is None or task.send_events):
+            request._events = []
         if task is None:
             return _unregistered(app, message, request)
-        expires = message.expires
-        if expires is not None and expires <= time.time():
-            return _expired(app, task, request)
+        if message.expires is not None and message.expires <= time.time():
+            return _revoked(task, request, "expired", expired=True)
         begin(task, request)
-        run = run_task(task, request)
-        return _outcome(task, request, run, raw, time.monotonic() - began)
+        _note_event(request, "started")
+        state, value, _ = run_task(task, request)
+        verb, reason = "ack", None
+        if state == REJECTED:
+            verb, reason = "reject", _repr(value)
+            if value.requeue:
+                verb, reason = "requeue", redelivered(raw)
+        elif state == FAILURE and task.acks_late and not task.acks_on(timeout=False):
+            verb, reason = "reject", f"failed, and acks_on_failure is off: {_repr(value, 200)}"
+        return _settled(request, verb, reason, time.monotonic() - began)
     except SoftTimeLimitExceeded:
         raise  # too late for the task; whoever set the limit takes it
     except Exception as exc:
         if task is not None and request is not None:
-            return _failure(app, task, request, exc)
+            return _failure(task, request, exc)
         return _rejected(app, raw, message, exc)
 
 
-def _outcome(task: Any, request: Context, run: Run, raw: bytes, runtime: float) -> Outcome:
-    """Say what becomes of the message of a task that has run."""
-    verb, reason = "ack", None
-    if run.state == REJECTED:
-        verb = "requeue" if run.value.requeue else "reject"
-        reason = redelivered(raw) if verb == "requeue" else _repr(run.value)
-    elif run.state == FAILURE and task.acks_late and not task.acks_on(timeout=False):
-        verb, reason = "reject", f"failed, and acks_on_failure is off: {_repr(run.value, 200)}"
-    return _settled(request, verb, reason, runtime)
-
-
 def _settled(request: Context, verb: str, reason: Any, runtime: float = 0.0) -> Outcome:
-    batch = request.follow_ups
+    batch, events = request.follow_ups, request._events or []
+    if batch.calls and batch.app.conf.task_send_sent_event:
+        events += sent_events(batch.calls)
     publish = [delivery for call in batch.calls for delivery in call.deliveries]
-    return Outcome(verb, batch.results, publish, reason, runtime, batch.chords, batch.parts)
+    ends = (batch.chords, batch.parts, events)
+    return Outcome(verb, batch.results, publish, reason, runtime, *ends)
 
 
 def redelivered(raw: bytes) -> str:
@@ -5656,8 +5544,15 @@ def _rejected(app: TaskQ, raw: bytes, message: Message | None, exc: Exception) -
     request = Context()
     if message is not None:
         request = _request_without_run(message, (), {}, {})
-        _fail(app, None, request, FAILURE, InvalidTaskError(reason))
+        _fail(_unknown(app), request, FAILURE, InvalidTaskError(reason))
     return _settled(request, "reject", reason)
+
+
+def _unknown(app: TaskQ) -> Task:
+    """Return what stands for a task that is not known."""
+    task = Task()
+    task.app, task.ignore_result = app, False
+    return task
 
 
 def _request_without_run(message: Message, args: Any, kwargs: Any, embed: Any) -> Context:
@@ -5668,63 +5563,66 @@ def _request_without_run(message: Message, args: Any, kwargs: Any, embed: Any) -
     return request
 
 
-def _failure(app: TaskQ, task: Any, request: Context, exc: BaseException) -> Outcome:
-    """Return the end of a task (None: it is not known) that fails without having run to its end
-    here."""
-    _fail(app, task, request, FAILURE, exc)
-    if task is not None:
-        _announce_failure(task, request, ExceptionInfo(exc))
+def _failure(task: Any, request: Context, exc: BaseException) -> Outcome:
+    """Return the end of a task that fails without having run to its end here."""
+    _fail_for_good(task, request, ExceptionInfo(exc))
     return _settled(request, "ack", _repr(exc, 200))
 
 
 def _unregistered(app: TaskQ, message: Message, request: Context) -> Outcome:
     name, known = request.task, ", ".join(sorted(app.tasks)) or "no tasks"
-    text = (
+    worker_logger.error(
         "Received unregistered task of type %r.\nThe message has been ignored and discarded.\n"
-        "Did you remember to import the module containing this task?\nThis worker knows: %s"
+        "Did you remember to import the module containing this task?\nThis worker knows: %s",
+        *(name, known),
     )
-    worker_logger.error(text, name, known)
     exc = NotRegistered(name)
     task_unknown.send(sender=None, message=message, exc=exc, name=name, id=message.id)
-    return _failure(app, None, request, exc)
+    return _failure(_unknown(app), request, exc)
 
 
-def _expired(app: TaskQ, task: Any, request: Context) -> Outcome:
-    trace_logger.info("Discarding revoked task: %s[%s]", request.task, request.id)
-    task_revoked.send(sender=task, request=request, terminated=False, signum=None, expired=True)
-    _fail(app, task, request, REVOKED, TaskRevokedError("expired"))
-    return _settled(request, "ack", "expired")
+def _revoked(task: Any, request: Context, reason: str, **how: Any) -> Outcome:
+    """Return the end of a task that is not to run (any more)."""
+    how = {"terminated": False, "signum": None, "expired": False, **how}
+    if not how["terminated"]:
+        trace_logger.info("Discarding revoked task: %s[%s]", request.task, request.id)
+    task_revoked.send(sender=task, request=request, **how)
+    _fail(task, request, REVOKED, TaskRevokedError(reason))
+    _note_event(request, "revoked", **how)
+    return _settled(request, "ack", reason)
 
 
-def runs_again(claim: Claim, flags: int, worker_died: bool) -> bool:
-    """Return whether a task that had begun when its process died is put back.
+def lost(
+    app: TaskQ, claim: Claim, exc: Any, flags: int = 0, worker_died: bool = False, **how: Any
+) -> Outcome:
+    """Return the end of a task that does not run to its end; `flags` are those of its slot.
 
-    A late one is where the whole worker died, as a broker would deliver it again, and with
-    `reject_on_worker_lost` also where only its process did. One that died while its message was
-    being read gets a second chance, but no third.
+    One that acknowledges late is put back where the whole worker died, as a broker would deliver it
+    again; where only its process did, if it has `reject_on_worker_lost`; after a time limit, unless
+    that acknowledges it. One whose message was still being read gets a second chance, but no third.
+    Else it is a FAILURE, or REVOKED if `exc` is a TaskRevokedError (`how`: terminated, signum).
     """
-    if flags == DECODING:
-        try:
-            return not (claim.message.properties.get("delivery_info") or {}).get("redelivered")
-        except MalformedMessage:
-            return False
-    return bool(flags & ACKS_LATE and (worker_died or flags & REJECT_ON_LOST))
-
-
-def lost(app: TaskQ, claim: Claim, exc: BaseException, again: bool) -> Outcome:
-    """Return the end of a task whose process died: with `again` it is put back, else FAILURE."""
     message, args, kwargs, embed = None, (), {}, {}  # type: Any, Any, Any, Any
     try:
-        if again:
-            return Outcome("requeue", [], [], redelivered(claim.raw), 0.0)
         message = claim.message
+        task = app.tasks.get(message.headers["task"]) or _unknown(app)
+        again = bool(flags & ACKS_LATE and (worker_died or flags & REJECT_ON_LOST))
+        if isinstance(exc, TimeLimitExceeded):
+            again = bool(flags & ACKS_LATE and not task.acks_on(timeout=True))
+        elif flags == DECODING:
+            again = not (message.properties.get("delivery_info") or {}).get("redelivered")
+        if again and not isinstance(exc, TaskRevokedError):
+            return Outcome("requeue", [], [], redelivered(claim.raw), 0.0)
         if message.content_type == CONTENT_TYPES["json"]:  # a pickle may kill us too
             args, kwargs, embed = message.payload(app.conf.accept_content)
     except MalformedMessage as bad:
         return _rejected(app, claim.raw, message, bad)
     request = _request_without_run(message, args, kwargs, embed)
+    request._events = []
+    if isinstance(exc, TaskRevokedError):
+        return _revoked(task, request, str(exc), **how)
     worker_logger.error("Task %s[%s] lost its process: %r", request.task, request.id, exc)
-    return _failure(app, app.tasks.get(request.task), request, exc)
+    return _failure(task, request, exc)
 
 
 # -- the tasks that canvas is made of ----------------------------------------------------------
@@ -5732,10 +5630,6 @@ def lost(app: TaskQ, claim: Claim, exc: BaseException, again: bool) -> Outcome:
 
 def _mapping(how: Callable[..., Iterable[Any]]) -> Any:
     return lambda self, task, it: list(how(maybe_signature(task, self.app).type, it))
-
-
-def _accumulate(*args: Any, index: int | None = None) -> Any:
-    return args if index is None else args[index]
 
 
 def _unlock(self: Any, group_id: str, callback: Any, **_: Any) -> None:
@@ -5760,16 +5654,15 @@ def _unlock(self: Any, group_id: str, callback: Any, **_: Any) -> None:
                 traceback = meta.get("traceback")
                 raise ChordError(f"Dependency {id} raised {meta['result']!r}")
             values.append(meta["result"])
-        place = {"root_id": body._all()[0].options.get("root_id") or ids[-1], "parent_id": ids[-1]}
+        root = body._tasks()[0].options.get("root_id") or ids[-1]
         with app._batch(request.follow_ups):
-            body.apply_async((values,), add_to_parent=False, **place)
+            body.apply_async((values,), add_to_parent=False, root_id=root, parent_id=ids[-1])
     except Exception as error:
         exc = error if type(error) is ChordError else ChordError(f"Callback error: {error!r}")
         logger.error("Chord %r raised: %r", group_id, exc)
         request.follow_ups = Batch()
-        _end(app, request, body, FAILURE, exc, traceback)
-        for task in (body.tasks[0] if isinstance(body, chain) else body)._leaves():
-            _call_errbacks(app, _uncalled(request, task), exc, traceback)
+        _end(app, request, [body], FAILURE, exc, traceback)
+        _body_failed(app, request, body, exc, traceback)
     request.follow_ups.chords.append((group_id, 0, None))
 
 
@@ -5779,21 +5672,471 @@ def _built_in(name: str, fun: Any, **options: Any) -> None:
 
 _built_in("celery.map", _mapping(map), bind=True)
 _built_in("celery.starmap", _mapping(itertools.starmap), bind=True)
-_built_in("celery.accumulate", _accumulate)
+_built_in("celery.accumulate", lambda *args, index=None: args if index is None else args[index])
 _late = {"acks_late": True, "reject_on_worker_lost": True, "time_limit": 0, "soft_time_limit": 0}
 _built_in("celery.chord_unlock", _unlock, bind=True, ignore_result=True, **_late)
 
 
-def _refuse(name: str, *_: Any, **__: Any) -> NoReturn:
-    raise _unavailable(name)
+# ---------------------------------------------------------------------------------------------
+# 11. Events
+# ---------------------------------------------------------------------------------------------
+#
+# Workers (with -E) and producers tell whoever listens what becomes of workers and tasks. An event
+# is a dict. Nobody waits for one: it is gone if nobody hears it.
 
 
-#: Names of Celery's that this version of taskq does not have yet.
-crontab, schedule, solar = (functools.partial(_refuse, n) for n in ("crontab", "schedule", "solar"))
+class LamportClock:
+    """A logical clock: what is sent has a `value` above those of all that its sender has heard of.
+
+    Without a lock: threads that get the same value only leave their order open.
+    """
+
+    value = 0
+
+    def forward(self) -> int:
+        """Count something that is sent; return the new value."""
+        self.value += 1
+        return self.value
+
+    def adjust(self, other: int) -> int:
+        """Count the arrival of what was sent at the value `other`; return the new value."""
+        self.value = max(self.value, other) + 1
+        return self.value
+
+
+def call_fields(message: Message) -> dict[str, Any]:
+    """Return what the events task-sent and task-received tell of a call."""
+    get = message.headers.get
+    fields = {name: get(name) for name in ("root_id", "parent_id", "retries", "eta", "expires")}
+    fields.update(uuid=get("id"), name=get("task"), args=get("argsrepr"), kwargs=get("kwargsrepr"))
+    return fields
+
+
+def sent_events(calls: Iterable[Prepared]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the events task-sent, as (type, fields), of calls that are sent now."""
+    events = []
+    for message, _, (first, *_) in calls:
+        where = {"queue": first.queue, **message.properties["delivery_info"]}
+        who = {"hostname": message.headers["origin"], "timestamp": time.time()}
+        events.append(("task-sent", {**call_fields(message), **where, **who}))
+    return events
+
+
+def _utc_offset() -> float:
+    """Return the hours from local time to UTC, as time.timezone counts them: west is positive."""
+    return (time.altzone if time.localtime().tm_isdst > 0 else time.timezone) / 3600
+
+
+class EventDispatcher:
+    """Sends events in the name of `hostname`; those of tasks only while it is `enabled`."""
+
+    def __init__(self, app: TaskQ, hostname: str | None = None, enabled: bool = True) -> None:
+        self.app, self.enabled, self.pid = app, enabled, os.getpid()
+        self.hostname = hostname or f"gen{self.pid}@{_hostname()}"
+
+    def send(self, type: str, **fields: Any) -> None:
+        """Send an event with these fields, which JSON can hold."""
+        self.publish([(type, fields)])
+
+    def publish(self, events: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Send (type, fields) pairs; they are lost where the store cannot be written."""
+        about = {"hostname": self.hostname, "utcoffset": _utc_offset(), "pid": self.pid}
+        exchange, about["timestamp"] = self.app.conf.event_exchange, time.time()
+        of_tasks: list[Any] = []  # which go together
+        bodies: list[Any] = []
+        for type, fields in events:
+            event = {**about, "clock": self.app.clock.forward(), **fields, "type": type}
+            if type == "task-sent" or not type.startswith("task-"):
+                bodies.append((type.replace("-", "."), event))
+            elif self.enabled:
+                of_tasks.append(event)
+        if of_tasks:
+            bodies.append(("task.multi", of_tasks))
+        headers = {"hostname": self.hostname}
+        # A store that knows that nobody listens does not have them encoded.
+        posts: Any = ((key, encode_post(exchange, key, body, headers)) for key, body in bodies)
+        with contextlib.suppress(OperationalError):
+            if bodies:
+                self.app.store.fan_out("topic", exchange, posts)
+
+
+class EventReceiver:
+    """Hands events to `handlers`: a function for each type, and '*' for those that have none.
+
+        with app.connection() as connection:
+            receiver = app.events.Receiver(connection, handlers={"*": print})
+            receiver.capture(limit=None, timeout=None, wakeup=True)
+
+    routing_key: which events, such as 'worker.#'. Setting `should_stop` ends `capture`.
+    """
+
+    should_stop = False
+
+    def __init__(
+        self, channel: Any = None, handlers: Any = None, routing_key: str = "#", app: Any = None
+    ) -> None:
+        self.app: TaskQ = app_or_default(app)
+        self.handlers, self.routing_key = handlers or {}, routing_key
+
+    def capture(self, limit: Any = None, timeout: Any = None, wakeup: bool = True) -> None:
+        """Handle `limit` messages (an event, or several of tasks); socket.timeout if none comes for
+        `timeout` seconds. `wakeup` has the workers tell of themselves at once."""
+        heard = time.monotonic()
+        for came in self.looks(min(1.0, timeout or 1.0), wakeup):
+            if came:
+                heard, limit = time.monotonic(), limit and limit - 1
+            elif timeout and time.monotonic() - heard >= timeout:
+                raise _symbol("socket:timeout")("timed out")
+            if self.should_stop or limit == 0:
+                return
+
+    def looks(self, wait: float, wakeup: bool = True) -> Iterator[bool]:
+        """Handle what comes while this generator is used: yield True after each message, and False
+        when none has come for `wait` seconds."""
+        conf = self.app.conf
+        place = ("topic", conf.event_exchange, self.routing_key)
+        with self.app.store.listening(*place, f"{conf.event_queue_prefix}.{uuid()}") as read:
+            if wakeup:
+                self.app.control.broadcast("heartbeat")
+            while True:
+                texts = read(wait)
+                for text in texts:
+                    self._handle(text)
+                    yield True
+                if not texts:
+                    yield False
+
+    def _handle(self, text: str) -> None:
+        try:
+            events = [self._arrived(event) for event in _listed(decode_post(text)[0])]
+        except (MalformedMessage, LookupError, TypeError) as exc:
+            logger.error("Received what is no event: %s", _repr(exc, 200))
+            return
+        for event in events:
+            handler = self.handlers.get(event["type"]) or self.handlers.get("*")
+            if handler:
+                handler(event)
+
+    def _arrived(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Return an event with its time by the clock of this machine."""
+        self.app.clock.adjust(event.get("clock") or 0)
+        event["timestamp"] -= (event.get("utcoffset", _utc_offset()) - _utc_offset()) * 3600
+        return {**event, "type": event["type"], "local_received": time.time()}
+
+
+class SeenWorker:
+    """A worker as its events show it: their fields are its attributes."""
+
+    freq, heard = 60.0, 0.0  # seconds; when it was heard of last, 0 if it has said that it ends
+    pid = clock = active = processed = loadavg = sw_ident = sw_ver = sw_sys = _unset
+
+    def __init__(self, hostname: str) -> None:
+        self.hostname = hostname
+
+    @property
+    def heartbeat_expires(self) -> float:
+        """When it counts as gone unless it is heard of before, in seconds since the epoch."""
+        return self.heard + 2 * self.freq
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was heard of lately, and has not said that it ends."""
+        return time.time() < self.heartbeat_expires
+
+
+#: The states that a task's events tell of.
+_TOLD_STATES = {
+    "sent": PENDING, "received": RECEIVED, "started": STARTED, "succeeded": SUCCESS,
+    "failed": FAILURE, "retried": RETRY, "revoked": REVOKED, "rejected": REJECTED,
+}  # fmt: skip
+
+
+class SeenTask:
+    """A task as its events show it: their fields, and when each happened (`received`, …)."""
+
+    state = PENDING
+    sent = received = started = succeeded = failed = retried = revoked = rejected = _unset
+    name = args = kwargs = eta = expires = retries = result = exception = traceback = _unset
+    runtime = queue = exchange = routing_key = root_id = parent_id = timestamp = clock = _unset
+    worker = client = hostname = _unset
+    _INFO = (
+        "args kwargs retries result eta runtime expires exception exchange routing_key root_id "
+        "parent_id"
+    ).split()
+
+    def __init__(self, uuid: str) -> None:
+        self.uuid = uuid
+
+    def event(self, what: str, event: dict[str, Any]) -> None:
+        """Take in an event, which may arrive after one that has happened later."""
+        state = _TOLD_STATES.get(what, what.upper())
+        fields = {**event, what: event["timestamp"], "state": state}
+        if precedence(state) > precedence(self.state) and RETRY not in (state, self.state):
+            del fields["state"], fields["timestamp"]
+        self.__dict__.update(fields)
+
+    def info(self, fields: Any = None, extra: Iterable[str] = ()) -> dict[str, Any]:
+        """Return what is known of these attributes; by default of the call and how it ended."""
+        values = {name: getattr(self, name, None) for name in (*(fields or self._INFO), *extra)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+class State:
+    """What events tell of workers, by name, and tasks, by id; those heard of last are last."""
+
+    event_count = task_count = 0
+
+    def __init__(self, max_workers_in_memory: int = 5000, max_tasks_in_memory: int = 10000) -> None:
+        self._limits = max_workers_in_memory, max_tasks_in_memory
+        self.workers: dict[str, SeenWorker] = collections.OrderedDict()
+        self.tasks: dict[str, SeenTask] = collections.OrderedDict()
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Take in an event."""
+        self.event_count += 1
+        (kind, _, what), host = event["type"].partition("-"), event["hostname"]
+        worker = None
+        if kind == "worker" or kind == "task" and what != "sent":
+            worker = _newest(self.workers, host, SeenWorker, self._limits[0])
+            worker.heard = time.time() if what != "offline" else 0.0
+        if kind == "worker":
+            vars(worker).update(event)
+        elif kind == "task":
+            task = _newest(self.tasks, event["uuid"], SeenTask, self._limits[1])
+            task.event(what, event)
+            task.worker, task.client = worker or task.worker, task.client if worker else host
+            self.task_count += what == "received"
+
+    def alive_workers(self) -> Iterator[SeenWorker]:
+        """Return the workers that were heard of lately."""
+        return (worker for worker in self.workers.values() if worker.alive)
+
+    def tasks_by_time(self, limit: int | None = None, reverse: bool = True) -> Any:
+        """Return (id, task) pairs, those heard of last first; with `reverse=False` last."""
+        pairs = reversed(self.tasks.items()) if reverse else iter(self.tasks.items())
+        return itertools.islice(pairs, limit)
+
+
+def _newest(known: Any, key: str, make: Callable[[str], Any], limit: int) -> Any:
+    """Return what has this key, made if need be, as the last; the first goes beyond `limit`."""
+    if key not in known:
+        known[key] = make(key)
+        if len(known) > limit:
+            known.popitem(last=False)
+    known.move_to_end(key)
+    return known[key]
 
 
 # ---------------------------------------------------------------------------------------------
-# 11. Pools
+# 12. Schedules
+# ---------------------------------------------------------------------------------------------
+
+ParseException: Any = _error("ParseException", "A crontab cannot be read.", ValueError)
+
+#: What a schedule says of now: whether its task is due, and in how many seconds to ask again.
+schedstate = collections.namedtuple("schedstate", "is_due next")
+
+
+class BaseSchedule:
+    """Says when a task is due. Times without a time zone are UTC; `nowfun` stands for `app.now`."""
+
+    seconds: Any = 0  # until it is asked again, where it would be due again at once
+    _follows: Any = None  # (start) -> when the run after one at `start` is due, in UTC
+
+    def __init__(self, nowfun: Any = None, app: Any = None, given: Any = ()) -> None:
+        self.nowfun, self.app, self._given = nowfun, app or current_app, given
+
+    def now(self) -> datetime:
+        """Return the time now."""
+        return self.maybe_make_aware((self.nowfun or self.app.now)())
+
+    def maybe_make_aware(self, dt: datetime) -> datetime:
+        """Return a time as it is, or in the app's time zone if it names none."""
+        return dt if dt.tzinfo else dt.replace(tzinfo=timezone.utc).astimezone(self.app.timezone)
+
+    def remaining_estimate(self, last_run_at: datetime) -> timedelta:
+        """Return how long it is until the run that follows one; negative if that is late."""
+        return self._follows(self.maybe_make_aware(last_run_at)) - self.now()
+
+    def is_due(self, last_run_at: datetime) -> schedstate:
+        """Return whether to run now, if it last ran then, and in how many seconds to ask again."""
+        seconds = self.remaining_estimate(last_run_at).total_seconds()
+        if seconds > 0:
+            return schedstate(False, seconds)
+        now = self.now().astimezone(self.maybe_make_aware(last_run_at).tzinfo)
+        seconds = self.remaining_estimate(now).total_seconds()
+        return schedstate(True, seconds if seconds > 0 else self.seconds)
+
+    def __reduce__(self) -> Any:
+        return type(self), (*self._given, self.nowfun)
+
+
+class schedule(BaseSchedule):  # noqa: N801
+    """Due every so many seconds, or timedelta. A `relative` one keeps to the clock: it runs at full
+    days, hours, minutes or seconds, by the largest of these that `run_every` holds."""
+
+    def __init__(
+        self, run_every: Any = None, relative: bool = False, nowfun: Any = None, app: Any = None
+    ) -> None:
+        self.run_every = timedelta(seconds=run_every) if _is_number(run_every) else run_every
+        if not isinstance(self.run_every, timedelta):
+            expected = "expected seconds, a timedelta or crontab(...)"
+            raise TypeError(f"schedule {_repr(run_every, 60)}: {expected}")
+        self.relative, self.seconds = relative, max(self.run_every.total_seconds(), 0)
+        super().__init__(nowfun, app, (self.run_every, relative))
+
+    def _follows(self, start: datetime) -> datetime:
+        end = start.astimezone(timezone.utc) + self.run_every
+        if not self.relative:
+            return end
+        if self.seconds >= 86400:  # days of the calendar, not of 24 hours
+            return min(time for time in _floors(start + self.run_every, 3) if time > start)
+        unit, parts = next(u for u in ((3600, 4), (60, 5), (0, 6)) if self.seconds >= u[0])
+        found = max(time for time in _floors(end.astimezone(start.tzinfo), parts) if time <= end)
+        if found <= start and unit:  # the clock has been put back meanwhile
+            later = _floors(start + timedelta(seconds=unit), parts)
+            found = min(time for time in later if time > start)
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return self.run_every == (other.run_every if isinstance(other, schedule) else other)
+
+    def __repr__(self) -> str:
+        return f"<freq: {_in_words(self.seconds)}>"
+
+
+def _floors(wall: datetime, parts: int) -> list[datetime]:
+    """Return, in UTC, when the clock shows a time cut to its first parts (3 are the date): twice if
+    it is put back over it; if it is put forward over it, the time when that is done."""
+    wall = datetime(*wall.timetuple()[:parts], tzinfo=wall.tzinfo)  # type: ignore[misc, arg-type]
+    first, second = (wall.replace(fold=fold).astimezone(timezone.utc) for fold in (0, 1))
+    return [first, second] if first < second else [first]
+
+
+def _in_words(seconds: float) -> str:
+    """Return a time in its largest unit, '5.00 minutes'; less than a second is 'now'."""
+    units = (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1))
+    counts = [(round(seconds, 2) / size, unit) for unit, size in units]
+    return next((f"{n:.2f} {unit}{'s' * (n > 1)}" for n, unit in counts if n >= 1), "now")
+
+
+class crontab_parser:  # noqa: N801
+    """Reads a field of a crontab, which has `max_` numbers from `min_` on."""
+
+    NAMES = dict(zip("sun mon tue wed thu fri sat".split(), range(7)))
+    NAMES.update(zip("jan feb mar apr may jun jul aug sep oct nov dec".split(), range(1, 13)))
+
+    def __init__(self, max_: int = 60, min_: int = 0) -> None:
+        self.numbers = [*range(min_, min_ + max_)]
+
+    def parse(self, spec: Any) -> set[int]:
+        """Return the numbers that a pattern such as '*/15', 'mon-fri' or '1-5,30' names, or those
+        in a list, or a single one; ParseException if there are others, or none."""
+        if not isinstance(spec, str):
+            spec = ",".join(map(str, spec if hasattr(spec, "__iter__") else [spec]))
+        return {number for part in spec.split(",") for number in self._part(part.strip())}
+
+    def _part(self, part: str) -> list[int]:
+        match = re.fullmatch(r"(\w+)|(?:\*|(\w+)-(\w+))(?:/0*([1-9]\d*))?", part)
+        if not match:
+            raise ParseException(f"{part!r} is none of the forms 5, 1-5, mon-fri, *, */15, 0-30/5")
+        single, first, last, step = match.groups()
+        numbers = [self._number(single)] if single else self.numbers
+        if first:  # 'sat-mon' goes on at the field's beginning
+            at = numbers.index(self._number(first))
+            numbers = numbers[at:] + numbers[:at]
+            numbers = numbers[: numbers.index(self._number(last)) + 1]
+        return numbers[:: int(step or 1)]
+
+    def _number(self, text: str) -> int:
+        number = int(text) if text.isdecimal() else self.NAMES.get(text[:3].lower(), -1)
+        if number not in self.numbers:
+            expected = f"expected {self.numbers[0]} to {self.numbers[-1]}"
+            raise ParseException(f"{text!r} is out of range: {expected}")
+        return number
+
+
+#: A crontab's fields in the order of its arguments: how many numbers each has, from which on.
+_FIELDS = {"minute": (60, 0), "hour": (24, 0), "day_of_week": (7, 0), "day_of_month": (31, 1)}
+_FIELDS["month_of_year"] = (12, 1)
+
+
+class crontab(BaseSchedule):  # noqa: N801
+    """Due whenever the clock of the app's time zone shows a minute that all five fields name: each
+    by a number (0 is Sunday), a list or set of them, or a pattern, '*', '*/15', 'mon-fri',
+    '0-30/5', '3-6,22'. Raises ParseException."""
+
+    minute = hour = day_of_week = day_of_month = month_of_year = _unset
+
+    def __init__(
+        self,
+        minute: Any = "*",
+        hour: Any = "*",
+        day_of_week: Any = "*",
+        day_of_month: Any = "*",
+        month_of_year: Any = "*",
+        nowfun: Any = None,
+        app: Any = None,
+    ) -> None:
+        super().__init__(nowfun, app, (minute, hour, day_of_week, day_of_month, month_of_year))
+        for (field, numbers), value in zip(_FIELDS.items(), self._given):
+            try:
+                setattr(self, field, crontab_parser(*numbers).parse(value))
+            except ParseException as exc:
+                raise ParseException(f"crontab({field}={_repr(value, 60)}): {exc}") from None
+        longest = 31 if self.month_of_year - {2, 4, 6, 9, 11} else 30
+        if min(self.day_of_month) > (29 if self.month_of_year == {2} else longest):
+            raise ParseException(f"{self}: no such day ever comes")
+
+    @classmethod
+    def from_string(cls, crontab: str) -> Any:
+        """Return the crontab of a line of cron's: minute, hour, day of month, month, weekday."""
+        if len(crontab.split()) != 5:
+            raise ParseException(f"{crontab!r}: expected 5 fields, as in '30 7 * * mon'")
+        minute, hour, day, month, weekday = crontab.split()
+        return cls(minute, hour, weekday, day, month)
+
+    def remaining_delta(self, last_run_at: datetime, tz: Any = None) -> Any:
+        """Return the last run, how far the hands of the clock then are from the next, and now."""
+        tz = _zone(tz) if tz else self.app.timezone
+        last, now = self.maybe_make_aware(last_run_at).astimezone(tz), self.now().astimezone(tz)
+        times = [*itertools.product(sorted(self.hour), sorted(self.minute))]
+        later = [time for time in times if time > (last.hour, last.minute)]
+        for day in map(date.fromordinal, itertools.count(last.toordinal())):
+            is_named = day.isoweekday() % 7 in self.day_of_week and day.day in self.day_of_month
+            if later and is_named and day.month in self.month_of_year:
+                break
+            later = times  # of the days that follow
+        return last, datetime.combine(day, daytime(*later[0])) - last.replace(tzinfo=None), now
+
+    def _follows(self, start: datetime) -> datetime:
+        last, delta, _ = self.remaining_delta(start)
+        return min(time for time in _floors(last + delta, 5) if time > start)
+
+    def is_due(self, last_run_at: datetime) -> schedstate:
+        """The same; a run that is later than `beat_cron_starting_deadline` allows is left out."""
+        state, allowed = super().is_due(last_run_at), self.app.conf.beat_cron_starting_deadline
+        if state.is_due and allowed is not None:
+            since = self.now().astimezone(timezone.utc) - timedelta(0, allowed, 1)
+            state = state._replace(is_due=self.remaining_estimate(since) <= timedelta(0))
+        return state
+
+    def __eq__(self, other: object) -> bool:
+        names = (*_FIELDS, "nowfun")
+        return isinstance(other, crontab) and all(vars(self)[n] == vars(other)[n] for n in names)
+
+    def __repr__(self) -> str:
+        minute, hour, weekday, day, month = self._given
+        return f"<crontab: {minute} {hour} {day} {month} {weekday} (m/h/dM/MY/d)>"
+
+
+def solar(*args: Any, **kwargs: Any) -> NoReturn:
+    """Raise NotImplementedError: where the sun stands only Celery knows."""
+    raise NotImplementedError(f"solar is not available in taskq {__version__}")
+
+
+# ---------------------------------------------------------------------------------------------
+# 13. Pools
 # ---------------------------------------------------------------------------------------------
 
 _TOKEN = struct.Struct("<QQQ")  # ticket (0: stop), offset and length of the payload in the spool
@@ -5803,6 +6146,20 @@ _BATCH_SECONDS = 0.02  # for how long a child should be busy with what it is han
 _STUCK_SECONDS = 0.01  # a child that has finished nothing for so long keeps no other tasks waiting
 _LOOK_SECONDS = 1.0  # how often the main process looks at its children at least
 _process_name = "MainProcess"  # as the log calls this one
+_LIMITED_MAX = 1000  # how many claims may wait for a rate limit before the worker claims no more
+
+#: Where a message names its task and its id: found without reading all of it.
+_HEAD = re.compile(rb'"task": ?"([^"\\]+)", ?"id": ?"([^"\\]+)"')
+
+
+def _head_of(claim: Claim) -> tuple[str, str]:
+    """Return the name and the id of a claim's task; both are empty if its message names none."""
+    match = _HEAD.search(claim.raw)
+    if match:
+        return match[1].decode(), match[2].decode()
+    with contextlib.suppress(MalformedMessage):
+        return claim.message.headers["task"], claim.message.headers["id"]
+    return "", ""
 
 
 class Pool:
@@ -5813,27 +6170,43 @@ class Pool:
 
     def __init__(self, worker: Worker, size: int) -> None:
         self.worker, self.size = worker, size
+        self.slots: list[Slot] = worker.journal.slots  # those in use
         self.depth = 1  # how many tasks to hand to one process at once: 1 unless they are tiny
         self.held: dict[int, Claim] = {}  # by ticket
+        #: Seconds between two tasks of a name, where it has a rate limit, and when the next of them
+        #: may begin, by time.monotonic(); (name, claim) for those that wait for that.
+        self.limits: dict[str, float] = {}
+        self.next: dict[str, float] = {}
+        self.later: list[tuple[str, Claim]] = []
         self.waiting: collections.deque[Claim] = collections.deque()  # those not handed out yet
         self.stopping = False
-        self._read: list[tuple[Slot, int]] = []
         self._task_time = 0.0  # moving average, in seconds; 0: none seen yet
 
     def submit(self, claims: Sequence[Claim]) -> None:
-        """Take claims to run; start the processes or threads that are missing."""
+        """Take claims to run, each when its rate limit allows; start missing processes."""
         self.held.update((claim.ticket, claim) for claim in claims)
-        self.waiting.extend(claims)
+        named = [(_head_of(claim)[0] if self.limits else "", claim) for claim in claims]
+        now, candidates, self.later = time.monotonic(), [*self.later, *named], []
+        for name, claim in candidates:
+            at = self.next.get(name, 0.0)
+            if at > now:
+                self.later.append((name, claim))
+                continue
+            self.waiting.append(claim)
+            if name in self.limits:  # that this worker is a little late makes the next one no later
+                self.next[name] = self.limits[name] + (at if now - at < 0.05 else now)
+        self._deal()
+
+    def _deal(self) -> None:
+        """Have those claims run that wait."""
 
     def collect(self) -> list[tuple[Claim, Outcome]]:
         """Return claims that have come to an end, with their outcomes."""
         finished = []
-        for slot in self.worker.journal.slots:
+        for slot in self.slots:
             if not slot.fresh:
                 continue
-            outcomes, end = slot.read()
-            self._read.append((slot, end))
-            for ticket, outcome in outcomes:
+            for ticket, outcome in slot.read():
                 claim = self.held.pop(ticket, None)
                 if claim is not None:
                     weight = 0.1 if self._task_time else 1.0
@@ -5843,41 +6216,56 @@ class Pool:
             self.depth = max(1, min(_BATCH_MAX, int(_BATCH_SECONDS / self._task_time)))
         return finished
 
-    def settled(self) -> None:
-        """Forget the outcomes that `collect` returned: they are safely in the store."""
-        for slot, end in self._read:
-            slot.consume(end)
-        self._read.clear()
-
     def room(self) -> int:
         """Return how many more messages to claim: Celery's prefetch, more while tasks are tiny."""
-        conf = self.worker.app.conf
+        conf, held = self.worker.app.conf, len(self.held) - len(self.later)
+        if len(self.later) > _LIMITED_MAX:
+            return 0
         if conf.worker_disable_prefetch:
-            return self.size - len(self.held)
-        wanted = self.size * max(conf.worker_prefetch_multiplier or 10, 2 * self.depth)
-        free = wanted - len(self.held)
+            return self.size - held
+        size, _ = self.worker.autoscaled or (self.size, 0)
+        wanted = size * max(conf.worker_prefetch_multiplier or 10, 2 * self.depth)
+        free = wanted - held
         return free if free * 4 >= wanted or self.depth == 1 else 0  # no small claims under load
 
     def rest(self, claimed: bool) -> None:
         """Let outcomes gather for the next batch: nap for half of the time for which there is work;
         if that is too short for falling asleep, and more has been `claimed`, run on a little."""
-        nap = min(0.005, len(self.held) // self.size * self._task_time / 2)
+        nap = min(0.005, len(self.held) // max(self.size, 1) * self._task_time / 2)
         if nap > 0.0003:
             self.worker.bell.nap(nap)
         elif claimed and self.kills and self._task_time < 0.0002:
             until = time.perf_counter() + min(0.0002, 4 * self._task_time)
-            slots = self.worker.journal.slots
-            while time.perf_counter() < until and not any(slot.fresh for slot in slots):
+            while time.perf_counter() < until and not any(slot.fresh for slot in self.slots):
                 _yield_cpu()
 
     def take_back(self) -> list[Claim]:
         """Return the claims that have not begun; they are held no more."""
-        back = []
+        back = [claim for _, claim in self.later]
+        self.later.clear()
         with contextlib.suppress(IndexError):
             while True:  # threads take from it at the same time
                 back.append(self.waiting.popleft())
-                del self.held[back[-1].ticket]
+        for claim in back:
+            del self.held[claim.ticket]
         return back
+
+    def active(self) -> list[tuple[Claim, float, int]]:
+        """Return (claim, when it began in seconds since the epoch, pid) of what runs."""
+        ago, found = time.time() - time.monotonic(), []
+        for slot in self.slots:
+            claim = self.held.get(slot.begun[0])
+            if claim is not None:
+                found.append((claim, ago + slot.times[0], slot.pid or os.getpid()))
+        return found
+
+    def resize(self, size: int) -> None:
+        """Have `size` processes, busy ones until their end; ValueError, NotImplementedError."""
+        self.terminate(0, 0, "grow or shrink")
+
+    def terminate(self, ticket: int, signum: int, what: str = "terminate a task") -> None:
+        """Send a signal to the process that runs a claim; NotImplementedError if none does."""
+        raise NotImplementedError(f"the {self.worker.pool_name} pool cannot {what}: use prefork")
 
     def stop(self, patience: float) -> None:
         """End processes or threads: what is still busy after `patience` seconds is killed."""
@@ -5907,14 +6295,14 @@ def _run_claim(worker: Any, slot: Slot, claim: Claim) -> None:
     slot.begin(ticket, DECODING)
     try:
         with contextlib.ExitStack() as limits:
-            outcome = execute(app, claim.raw, worker.hostname, begin)
+            outcome = execute(app, claim.raw, worker.hostname, begin, worker.journal.events)
     except BaseException as exc:
         if isinstance(exc, WorkerTerminate) or in_child and not isinstance(exc, Exception):
             raise
         _thread.stack.clear()
         if outcome is None:  # else it is a soft limit that came just too late
             error = exc if isinstance(exc, Exception) else WorkerLostError(f"Task raised {exc!r}")
-            outcome = lost(app, claim, error, again=False)
+            outcome = lost(app, claim, error)
     if os.getpid() != pid:  # the task has forked, and returns in the other process too
         os._exit(0)
     slot.finish(ticket, _json_encode(outcome).encode(), bell.ring)
@@ -5954,7 +6342,7 @@ class SoloPool(Pool):
     def collect(self) -> list[tuple[Claim, Outcome]]:
         """Run tasks for some milliseconds, at least one."""
         slot, until = self.worker.journal.slots[0], time.monotonic() + _BATCH_SECONDS
-        with denied_join_result():  # without room this thread would have to make it, itself
+        with allow_join_result(False):  # without room this thread would have to make it, itself
             while self.waiting and slot.has_room and time.monotonic() < until:
                 _run_claim(self.worker, slot, self.waiting.popleft())
         return super().collect()
@@ -5971,11 +6359,9 @@ class ThreadPool(Pool):
         self._ready = threading.Semaphore(0)  # once for each claim, and for each thread at the end
         self._threads: list[threading.Thread] = []
 
-    def submit(self, claims: Sequence[Claim]) -> None:
-        """Queue claims for the first thread that is free."""
-        super().submit(claims)
-        for _ in claims:
-            self._ready.release()
+    def _deal(self) -> None:
+        if self.waiting:
+            self._ready.release(len(self.waiting))
         for slot in self.worker.journal.slots[len(self._threads) :]:
             name = f"ThreadPoolExecutor-0_{slot.index}"
             thread = threading.Thread(target=self._work, args=(slot,), name=name, daemon=True)
@@ -5983,7 +6369,7 @@ class ThreadPool(Pool):
             thread.start()
 
     def _work(self, slot: Slot) -> None:
-        with denied_join_result():
+        with allow_join_result(False):
             while self._ready.acquire() and not self.stopping:
                 try:
                     claim = self.waiting.popleft()
@@ -6021,7 +6407,11 @@ class Child:
         self.done = 0  # how many it had finished when last looked at
         self.since = 0.0  # when it began the one after that
         self.retired = False  # gets no more tasks
-        self.told = (0, "", 0.0)  # the last time limit that was kept: ticket, its kind, seconds
+        #: Why a task was told to end: its ticket, "Soft", "Hard" or "Revoked", seconds or signal.
+        self.told: tuple[int, str, Any] = (0, "", 0)
+
+    #: Whether its spool may grow; it is used anew when all has been read.
+    has_space = property(lambda child: not child.given or child.spooled < 2**20)
 
     def is_stuck(self, now: float) -> bool:
         """See what it has finished; return whether it has kept the rest waiting for too long."""
@@ -6031,11 +6421,6 @@ class Child:
             self.done += finished
             self.since = now
         return bool(self.given) and now - self.since > _STUCK_SECONDS
-
-    def is_able(self, depth: int, now: float) -> bool:
-        """Return whether it can be given more; its spool is used anew when all has been read."""
-        full = len(self.given) >= depth or self.given and self.spooled > 2**20
-        return not (full or self.retired or self.is_stuck(now))
 
     def put(self, claims: Sequence[Claim], now: float) -> None:
         """Hand over claims, at most _BATCH_MAX."""
@@ -6087,14 +6472,10 @@ class PreforkPool(Pool):
 
     def __init__(self, worker: Worker, size: int) -> None:
         super().__init__(worker, size)
+        self.slots = []
         self.children: list[Child] = []
         self._numbers = itertools.count(1)
         self._futile = -1.0  # when a child last died without having begun anything
-
-    def submit(self, claims: Sequence[Claim]) -> None:
-        """Hand claims to the children that have the least to do."""
-        super().submit(claims)
-        self._deal()
 
     def collect(self) -> list[tuple[Claim, Outcome]]:
         """Return outcomes, and see what has become of the children."""
@@ -6116,7 +6497,8 @@ class PreforkPool(Pool):
             if child.is_stuck(now) and len(child.given) > 1:
                 self._unload(child)
         while self.waiting:
-            able = [child for child in self.children if child.is_able(depth, now)]
+            able = [child for child in self.children if not (child.retired or child.is_stuck(now))]
+            able = [child for child in able if len(child.given) < depth and child.has_space]
             if not able:
                 return
             child = min(able, key=lambda child: len(child.given))
@@ -6140,28 +6522,35 @@ class PreforkPool(Pool):
         return super().take_back()
 
     def _refill(self) -> None:
-        """Retire children that do not know the newest tasks; start others in free slots."""
-        if self.worker.renews_children:
-            for child in self.children:
-                if child.generation != self.worker.app.generation:
-                    self._unload(child)
-                    child.retire()
+        """Retire children that are too many, or do not know the newest tasks, the idle ones first;
+        start others in free slots."""
+        stays = [child for child in self.children if not child.retired]
+        generation = self.worker.app.generation
+        leaves = [child for child in stays if child.generation != generation]
+        if len(stays) > self.size:
+            stays.sort(key=lambda child: child.slot.begun[0] == 0)
+            leaves += stays[self.size :]
+        for child in leaves:
+            self._unload(child)
+            child.retire()
         missing = self.size - sum(not child.retired for child in self.children)
         if missing <= 0 or self.stopping or time.monotonic() < self._futile + 1.0:
             return
-        used = {child.slot for child in self.children}
-        free = [slot for slot in self.worker.journal.slots if slot not in used and not slot.fresh]
+        used, slots = {child.slot for child in self.children}, self.worker.journal.slots
+        free = [slot for slot in slots if slot not in used and not slot.fresh]
         for slot in free[:missing]:
             slot.clear()
+            self.slots = slots[: max(len(self.slots), slot.index + 1)]
             self.children.append(self._start_child(slot))
 
     def _start_child(self, slot: Slot) -> Child:
         worker = self.worker
-        name = f"{worker.start_method.title()}PoolWorker-{next(self._numbers)}"
+        method = worker.app.conf.worker_pool_start_method
+        name = f"{method.title()}PoolWorker-{next(self._numbers)}"
         child = Child(slot, name, worker.app.generation)
         order = (name, slot.index, child.reader, child.spool.fileno())
         _flush_output()
-        if worker.start_method == "spawn":
+        if method == "spawn":
             child.pid = _spawn(worker, order)
         else:
             with warnings.catch_warnings():  # Python 3.12 warns of forking beside other threads
@@ -6169,7 +6558,23 @@ class PreforkPool(Pool):
                 child.pid = os.fork()
             if not child.pid:
                 _be_child(worker, *order)
+        slot.pid = child.pid
         return child
+
+    def resize(self, size: int) -> None:
+        if size < (not self.worker.autoscaled):
+            raise ValueError(f"the pool cannot have {size} processes: it has {self.size}")
+        self.worker.journal.grow(2 * size + 2)
+        self.size = size
+        self._deal()
+
+    def terminate(self, ticket: int, signum: int, what: str = "") -> None:
+        for child in self.children if ticket else ():
+            if child.slot.begun[0] == ticket:
+                self._unload(child)  # so that it can begin nothing else before it is hit
+                if child.slot.begun[0] == ticket:
+                    child.told = ticket, "Revoked", signum
+                    child.kill(signum)
 
     def _bury(self, child: Child) -> None:
         """Note the end of the task that a dead child was running; give the others back."""
@@ -6185,17 +6590,16 @@ class PreforkPool(Pool):
             how = f"signal {number} ({next(names, '?')})"
         if child.status and not (running or child.slot.executed):
             self._futile = time.monotonic()
-        _, kind, limit = child.told
+        told, kind, limit = child.told
         if child.status and kind != "Hard":
             worker_logger.error("Process %r pid:%d exited with %r", child.name, child.pid, how)
         if running is not None:
-            app, again = self.worker.app, runs_again(running, flags, worker_died=False)
-            exc = WorkerLostError(f"Worker exited prematurely: {how}.")
-            if kind == "Hard":
+            exc, end = WorkerLostError(f"Worker exited prematurely: {how}."), {}
+            if (told, kind) == (ticket, "Revoked"):
+                exc, end = TaskRevokedError("terminated"), {"terminated": True, "signum": limit}
+            elif kind == "Hard":
                 exc = TimeLimitExceeded(limit)
-                task = app.tasks.get(running.message.headers["task"])
-                again = bool(flags & ACKS_LATE and task and not task.acks_on(timeout=True))
-            outcome = lost(app, running, exc, again)
+            outcome = lost(self.worker.app, running, exc, flags, **end)
             child.slot.finish(ticket, _json_encode(outcome).encode(), self.worker.bell.ring)
         self.worker.bell.ring()
 
@@ -6255,6 +6659,8 @@ def _be_child(worker: Any, name: str, index: int, reader: int, spool: int) -> No
         _die_with_parent(worker.pid)
         _thread.stack.clear()
         worker.journal.lock(index)
+        if "%" in (worker.log_options["logfile"] or ""):  # each process has one of its own
+            configure_logging(worker.app, **worker.log_options, index=index + 1)
         signal.set_wakeup_fd(-1)
         for kind in ("TERM", "QUIT", "HUP", "CHLD", "ALRM"):
             signal.signal(getattr(signal, "SIG" + kind), signal.SIG_DFL)
@@ -6277,7 +6683,7 @@ def _work(worker: Any, slot: Slot, reader: int, spool: int) -> int:
     unit = 1024 if sys.platform == "darwin" else 1  # of the system, in KiB
     usage = _symbol("resource:getrusage") if memory else None
     try:
-        with denied_join_result():
+        with allow_join_result(False):
             while True:
                 try:
                     token = os.read(reader, _TOKEN.size)
@@ -6364,14 +6770,562 @@ def _be_spawned(parent: int, main: dict[str, Any], letter: bytes) -> NoReturn:
     app.import_default_modules()
     app.set_current()
     if logs is not None:
-        configure_logging(app, **logs)
+        configure_logging(app, **logs, index=order[1] + 1)
     worker = types.SimpleNamespace(app=app, hostname=hostname, pid=parent, pool=PreforkPool)
+    worker.log_options = {"logfile": None}  # which is done
     worker.journal, worker.bell = Journal(journal), Bell(bell, mine=False)
     _be_child(worker, *order)
 
 
 # ---------------------------------------------------------------------------------------------
-# 12. Worker
+# 14. Remote control
+# ---------------------------------------------------------------------------------------------
+#
+# Messages are those of kombu's pidbox. A command goes to the exchange celery.pidbox and so to every
+# worker; each that it is for carries it out, and sends {its name: its reply} to the exchange
+# reply.celery.pidbox, by a routing key that is the caller's own.
+
+#: A command of workers. run: its function. kind: 'inspect' (it asks) or 'control' (it changes).
+#: args: names of its arguments, and what converts each word of the command line; variadic: the name
+#: of the list of the words that follow; signature: what help shows of them.
+Command = collections.namedtuple(
+    "Command", "run kind help args signature variadic visible", defaults=("", (), "", None, True)
+)
+#: The commands that workers know, by name, and those of Celery's that they do not.
+COMMANDS: dict[str, Command] = {}
+_NO_COMMANDS = "election memdump memsample objgraph pool_restart revoke_by_stamped_headers".split()
+
+
+def inspect_command(name: str | None = None, kind: str = "inspect", **options: Any) -> Any:
+    """Make a function a command of `inspect`: `@inspect_command(args=[("n", int)])`.
+
+    It is called with the worker's Pidbox and the arguments by name; what it returns, which JSON must
+    hold, is the reply. Options: fields of Command; help is by default the docstring's first line.
+    """
+
+    def register(run: Any) -> Any:
+        about = {"help": (run.__doc__ or "").strip().partition("\n")[0], **options}
+        COMMANDS[name or run.__name__] = Command(run, kind, **about)
+        return run
+
+    return register
+
+
+def control_command(name: str | None = None, **options: Any) -> Any:
+    """Make a function a command of `control`, as `inspect_command` does; it returns {"ok": ...}."""
+    return inspect_command(name, "control", **options)
+
+
+def find_command(name: str, *kinds: str) -> Command:
+    """Return a command of these kinds; AttributeError, with the nearest, if there is none."""
+    if name in COMMANDS and COMMANDS[name].kind in kinds:
+        return COMMANDS[name]
+    known = sorted(n for n, each in COMMANDS.items() if each.kind in kinds and each.visible)
+    hint = _hint(str(name), known, 0.6).replace(": did", ". Did") or "."
+    why = f"not recognized{hint} Available {kinds[0]} commands: {', '.join(known)}"
+    why = "is Celery's: taskq does not have it." if name in _NO_COMMANDS else why
+    raise AttributeError(f"Command {name} {why}")
+
+
+def command_arguments(command: Command, args: Sequence[Any]) -> dict[str, Any]:
+    """Return a command's positional arguments by name; TypeError if they are too many."""
+    found: dict[str, Any] = {name: arg for (name, _), arg in zip(command.args, args)}
+    rest = list(args[len(command.args) :])
+    if command.variadic:
+        is_list = len(rest) == 1 and isinstance(rest[0], list)
+        found[command.variadic] = rest[0] if is_list else rest
+    elif rest:
+        raise TypeError("too many arguments")
+    return found
+
+
+_IDS = "[id1 [id2 [... [idN]]]]"
+_MATCHERS: dict[str, Callable[[str, str], Any]] = {
+    "glob": lambda node, pattern: _symbol("fnmatch:fnmatch")(node, pattern),
+    "pcre": lambda node, pattern: re.match(pattern, node),
+}
+
+#: What Celery tells of a queue, of its exchange and of the broker, where taskq has no choice.
+_QUEUE: dict[str, Any] = dict.fromkeys(
+    "queue_arguments binding_arguments consumer_arguments alias no_declare expires message_ttl "
+    "max_length max_length_bytes max_priority".split()
+)
+_QUEUE.update(durable=True, exclusive=False, auto_delete=False, no_ack=False, bindings=[])
+_EXCHANGE: dict[str, Any] = {"arguments": None, "durable": True, "passive": False}
+_EXCHANGE.update(auto_delete=False, delivery_mode=None, no_declare=False)
+_BROKER: dict[str, Any] = dict.fromkeys(("login_method", "uri_prefix", "credential_provider"))
+_BROKER.update(insist=False, transport_options={}, failover_strategy="round-robin", alternates=[])
+_BROKER.update(connect_timeout=4, heartbeat=0)
+
+
+class Pidbox:
+    """A worker's end of remote control, and the `state` that commands get: its `app`, `hostname`,
+    and `consumer` (or `worker`), the Worker itself."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker = self.consumer = worker
+        self.app, self.hostname = worker.app, worker.hostname
+        exchange = f"{self.app.conf.control_exchange}.pidbox"
+        if worker.store.foreign:  # it keeps no revokes: ask the others
+            others = self.app.control.inspect(timeout=3.0)
+            known = others.hello(self.hostname, list(worker.revoked)) or {}
+            for reply in known.values():
+                self.merge(**(reply or {}))
+        place = exchange, "", f"{self.hostname}.{exchange}"
+        self.inbox = worker.store.subscribe("fanout", *place, worker.bell)
+        self.close: Callable[[], None] = self.inbox.close
+
+    def merge(self, revoked: Iterable[str] | None = (), clock: int = 0) -> None:
+        """Take over what another worker knows."""
+        self.app.clock.adjust(clock)
+        for id in revoked or ():
+            self.worker.revoked.setdefault(id, time.time() + _REVOKE_SECONDS)
+
+    def handle(self) -> None:
+        """Carry out the commands that have come, and send the replies."""
+        for text in self.inbox.read():
+            try:
+                request, headers = decode_post(text)
+                self.app.clock.adjust(headers.get("clock") or 0)
+                to, pattern, matcher = map(request.get, ("destination", "pattern", "matcher"))
+                is_meant = not (pattern and matcher) or _MATCHERS[matcher](self.hostname, pattern)
+                if self.hostname in to if to else is_meant:
+                    self._answer(*map(request.get, ("method", "arguments", "reply_to", "ticket")))
+            except SystemExit as exc:
+                self.worker.stop("warm", exc.code or 0)
+            except Exception as exc:  # whatever has been sent, the worker lives
+                worker_logger.error("Control command error: %r", exc, exc_info=True)
+
+    def _answer(self, method: Any, arguments: Any, reply_to: Any, ticket: Any) -> None:
+        try:
+            reply = find_command(method, "inspect", "control").run(self, **(arguments or {}))
+            _json_encode(reply)
+        except Exception as exc:
+            worker_logger.error("pidbox command error: %r", exc, exc_info=True)
+            reply = {"error": "unknown task" if isinstance(exc, NotRegistered) else repr(exc)}
+        if reply_to:
+            headers = {"ticket": ticket, "clock": self.app.clock.forward()}
+            text = encode_post(**reply_to, body={self.hostname: reply}, headers=headers)
+            post = (reply_to["routing_key"], text)
+            self.worker.store.fan_out("direct", reply_to["exchange"], [post])
+
+    # -- commands --------------------------------------------------------------------------------
+
+    def about(self, rows: Iterable[Any], safe: Any = False) -> Iterator[dict[str, Any]]:
+        """Yield what Celery says of tasks, from rows (claim, when it began, pid) of those that a
+        worker has; `safe`: arguments by their repr. What is no task is passed over."""
+        for claim, *more in rows:
+            with contextlib.suppress(MalformedMessage):
+                headers = claim.message.headers
+                args, kwargs = headers.get("argsrepr"), headers.get("kwargsrepr")
+                if not safe and claim.message.content_type == CONTENT_TYPES["json"]:
+                    args, kwargs, _ = claim.message.payload(["json"])
+                began, pid = more or (None, None)
+                name, task = headers["task"], self.app.tasks.get(headers["task"])
+                about = {"id": headers["id"], "name": name, "args": args, "kwargs": kwargs}
+                about.update(type=name, hostname=self.hostname, time_start=began, worker_pid=pid)
+                about["acknowledged"] = began is not None and not (task and task.acks_late)
+                about["delivery_info"] = request_of(claim.message, (), {}, {}, "").delivery_info
+                yield about
+
+    @inspect_command()
+    def scheduled(self) -> Any:
+        """List of currently scheduled ETA/countdown tasks."""
+        claims = self.worker.store.scheduled(self.worker.queue_names)
+        etas = {claim.message.id: claim.message.headers.get("eta") for claim in claims}
+        abouts = self.about([claim] for claim in claims)
+        return [{"eta": etas[each["id"]], "priority": 6, "request": each} for each in abouts]
+
+    @inspect_command(variadic="ids", signature=_IDS)
+    def query_task(self, ids: Any) -> Any:
+        """Query for task information by id."""
+        waiting = self.worker.store.scheduled(self.worker.queue_names)
+        rows: list[Any] = [("scheduled", [claim]) for claim in waiting]
+        rows += [("reserved", [claim]) for claim in self.worker.reserved()]
+        rows += [("active", row) for row in self.worker.pool.active()]
+        found = ((state, about) for state, row in rows for about in self.about([row]))
+        return {about["id"]: (state, about) for state, about in found if about["id"] in ids}
+
+    @inspect_command(variadic="taskinfoitems", signature="[attr1 [attr2 [... [attrN]]]]")
+    def registered(self, taskinfoitems: Any = None, builtins: bool = False) -> Any:
+        """List of registered tasks."""
+        found, wanted = [], taskinfoitems or ("exchange", "routing_key", "rate_limit")
+        for name, task in sorted(self.app.tasks.items()):
+            values = ((n, getattr(task, n, None)) for n in wanted if n[0] != "_")
+            shown = " ".join(f"{n}={value}" for n, value in values if value is not None)
+            if builtins or not name.startswith("celery."):
+                found.append(f"{name} [{shown}]" if shown else name)
+        return found
+
+    @inspect_command(visible=False, args=[("from_node", str), ("revoked", list)])
+    def hello(self, from_node: str, revoked: Any = None) -> Any:
+        """Exchange what has been revoked with a worker that starts."""
+        if from_node == self.hostname:
+            return None
+        worker_logger.info("sync with %s", from_node)
+        self.merge(revoked)
+        return {"revoked": list(self.worker.revoked), "clock": self.app.clock.forward()}
+
+    @inspect_command()
+    def active_queues(self) -> Any:
+        """List the task queues a worker is currently consuming from."""
+        found = []
+        for name, exchange, key in self.worker.queues:
+            about = {"name": exchange.name, "type": exchange.type, **_EXCHANGE}
+            found.append({"name": name, "exchange": about, "routing_key": key, **_QUEUE})
+        return found
+
+    @inspect_command()
+    def stats(self) -> Any:
+        """Request worker statistics/information."""
+        worker, conf, size = self.worker, self.app.conf, self.worker.pool.size
+        at: Any = _symbol("urllib.parse:urlsplit")(worker.store.uri())
+        broker = {**_BROKER, "transport": at.scheme, "hostname": at.hostname, "port": at.port}
+        broker.update(userid=at.username, virtual_host=at.path[1:], ssl=at.scheme == "rediss")
+        pool: dict[str, Any] = {"writes": "N/A", "put-guarded-by-semaphore": False}
+        pool["implementation"] = f"{__name__}:{type(worker.pool).__name__}"
+        pids = [child.pid for child in getattr(worker.pool, "children", ())] or [os.getpid()]
+        pool.update({"max-concurrency": size, "processes": pids})
+        pool["max-tasks-per-child"] = conf.worker_max_tasks_per_child or "N/A"
+        pool["timeouts"] = [conf.task_soft_time_limit or 0, conf.task_time_limit or 0]
+        most, least = worker.autoscaled or (size, None)
+        scale = {"max": most, "min": least, "current": size, "qty": len(worker.pool.held)}
+        about = {"total": dict(worker.total), "pid": os.getpid(), "broker": broker, "pool": pool}
+        about.update(clock=str(self.app.clock.value), uptime=round(time.time() - worker.started))
+        about.update(prefetch_count=most * conf.worker_prefetch_multiplier, rusage="N/A")
+        about.update({"autoscaler": scale} if worker.autoscaled else {})
+        with contextlib.suppress(ImportError):  # Windows
+            used = _symbol("resource:getrusage")(0)
+            about["rusage"] = {n[3:]: getattr(used, n) for n in dir(used) if n.startswith("ru_")}
+        return about
+
+    @control_command(variadic="task_id", signature=_IDS)
+    def revoke(self, task_id: Any, terminate: Any = False, signal: Any = None) -> Any:
+        """Revoke task by task id (or list of ids)."""
+        ids = {task_id} if isinstance(task_id, str) else set(task_id or ())
+        ended = ", ".join(self.worker.revoke(ids, bool(terminate), signal or "TERM"))
+        text = f"terminate: {ended or 'tasks unknown'}"
+        return {"ok": text if terminate else f"tasks {ids} flagged as revoked"}
+
+    @control_command(
+        args=[("task_name", str), ("rate_limit", str)],
+        signature="<task_name> <rate_limit (e.g., 5/s | 5/m | 5/h)>",
+    )
+    def rate_limit(self, task_name: str, rate_limit: Any) -> Any:
+        """Tell worker(s) to modify the rate limit for a task by type."""
+        try:
+            _rate(rate_limit)
+        except ValueError as exc:
+            return {"error": f"Invalid rate limit string: {exc!r}"}
+        self.app.tasks[task_name].rate_limit = rate_limit
+        self.worker.read_limits()
+        if not rate_limit:
+            worker_logger.info("Rate limits disabled for tasks of type %s", task_name)
+            return {"ok": "rate limit disabled successfully"}
+        worker_logger.info("New rate limit for tasks of type %s: %s.", task_name, rate_limit)
+        return {"ok": "new rate limit set successfully"}
+
+    @control_command(args=[("signal", str)], variadic="task_id", signature=f"<signal> {_IDS}")
+    def terminate(self, signal: Any, task_id: Any) -> Any:
+        """Terminate task by task id (or list of ids)."""
+        return self.revoke(task_id, True, signal)
+
+    @control_command(
+        args=[("task_name", str), ("soft", float), ("hard", float)],
+        signature="<task_name> <soft_secs> [hard_secs]",
+    )
+    def time_limit(self, task_name: str, soft: Any = None, hard: Any = None) -> Any:
+        """Tell worker(s) to modify the time limit for task by type."""
+        conf, task = self.app.conf, self.app.tasks[task_name]
+        if not (_is_limit(soft) and _is_limit(hard)) or (soft or 0) > (hard or 1e9):
+            raise ValueError(f"soft={soft!r}, hard={hard!r}: expected seconds, soft below hard")
+        task.time_limit = conf.task_time_limit if hard is None else hard
+        task.soft_time_limit = conf.task_soft_time_limit if soft is None else soft
+        changes = {"time_limit": task.time_limit, "soft_time_limit": task.soft_time_limit}
+        known = dict(conf.task_annotations or {})
+        known[task_name] = {**known.get(task_name, {}), **changes}
+        self.worker.overrides["task_annotations"] = known  # for children that are spawned
+        conf.update(task_annotations=known)
+        self.app.generation += 1  # children that know the old limits are replaced
+        text = "New time limits for tasks of type %s: soft=%s hard=%s"
+        worker_logger.info(text, task_name, soft, hard)
+        return {"ok": "time limits set successfully"}
+
+    @control_command(
+        args=[(name, str) for name in ("queue", "exchange", "exchange_type", "routing_key")],
+        signature="<queue> [exchange [type [routing_key]]]",
+    )
+    def add_consumer(
+        self, queue: str, exchange: Any = None, exchange_type: Any = None, routing_key: Any = None,
+        **_: Any,
+    ) -> Any:  # fmt: skip
+        """Tell worker(s) to consume from task queue by name."""
+        router, kind = self.app.router, Exchange(exchange or queue, exchange_type or "direct")
+        if queue not in router.queues:
+            router.add(Queue(queue, kind, routing_key or queue))
+        if queue not in self.worker.queue_names:
+            self.worker.serve([*self.worker.queues, router.queues[queue]])
+            worker_logger.info("Started consuming from %s", queue)
+        return {"ok": f"add consumer {queue}"}
+
+    @control_command(args=[("queue", str)], signature="<queue>")
+    def cancel_consumer(self, queue: str) -> Any:
+        """Tell worker(s) to stop consuming from task queue by name."""
+        worker_logger.info("Canceling queue %s", queue)
+        self.worker.serve([each for each in self.worker.queues if each.name != queue])
+        return {"ok": f"no longer consuming from {queue}"}
+
+    @control_command(args=[("max", int), ("min", int)], signature="[max [min]]")
+    def autoscale(self, max: Any = None, min: Any = None) -> Any:
+        """Modify autoscale settings."""
+        if not self.worker.autoscaled:
+            raise ValueError("Autoscale not enabled")
+        most, least = self.worker.autoscaled
+        text = f"{most if max is None else max},{least if min is None else min}"
+        self.worker.autoscaled = most, least = _most_and_least(text)
+        self.worker.scale()
+        return {"ok": f"autoscale now max={most} min={least}"}
+
+    def resize(self, how: str, n: int) -> Any:
+        """Have the pool grow or shrink."""
+        if self.worker.autoscaled:
+            why = "is not supported with autoscale. Adjust autoscale range instead."
+            return {"error": f"pool_{how} {why}"}
+        self.worker.pool.resize(self.worker.pool.size + (n if how == "grow" else -n))
+        return {"ok": f"pool will {how}"}
+
+    def set_events(self, on: bool) -> Any:
+        """Switch the events of tasks on or off."""
+        already = "already " if bool(self.worker.journal.events) is on else ""
+        self.worker.set_events(on)
+        return {"ok": f"task events {already}{'enabled' if on else 'disabled'}"}
+
+    @control_command()
+    def shutdown(self, msg: str = "Got shutdown from remote") -> None:
+        """Shutdown worker(s)."""
+        worker_logger.warning(msg)
+        raise SystemExit(0)
+
+
+_N = [("n", int)], "[N=1]"
+_DEFAULTS = [("with_defaults", lambda text: text.lower() == "true")], "[include_defaults=False]"
+for _name, _kind, _help, _run, *_more in (
+    ("ping", "inspect", "Ping worker(s).", lambda state: {"ok": "pong"}),
+    ("revoked", "inspect", "List of revoked task-ids.", lambda state: list(state.worker.revoked)),
+    ("active", "inspect", "List of tasks currently being executed.",
+     lambda state, safe=False: list(state.about(state.worker.pool.active(), safe)),
+     [("safe", bool)]),
+    ("reserved", "inspect", "List of currently reserved tasks, not including scheduled/active.",
+     lambda state: list(state.about([claim] for claim in state.worker.reserved()))),
+    ("clock", "inspect", "Get current logical clock value.",
+     lambda state: {"clock": state.app.clock.value}),
+    ("report", "inspect", "Information about the installation for bug reports.",
+     lambda state: {"ok": state.app.bugreport()}),
+    ("conf", "inspect", "List configuration.",
+     lambda state, with_defaults=False: state.app.conf.table(with_defaults), *_DEFAULTS),
+    ("pool_grow", "control", "Grow pool by n processes/threads.",
+     lambda state, n=1: state.resize("grow", n), *_N),
+    ("pool_shrink", "control", "Shrink pool by n processes/threads.",
+     lambda state, n=1: state.resize("shrink", n), *_N),
+    ("enable_events", "control", "Tell worker(s) to send task-related events.",
+     lambda state: state.set_events(True)),
+    ("disable_events", "control", "Tell worker(s) to stop sending task-related events.",
+     lambda state: state.set_events(False)),
+    ("heartbeat", "control", "Tell worker(s) to send event heartbeat immediately.",
+     lambda state: state.worker.heartbeat()),
+):  # fmt: skip
+    COMMANDS[_name] = Command(_run, _kind, _help, *_more)
+
+
+class Inspect:
+    """Asks an app's workers: `app.control.inspect(["w1@example.com"]).active()`.
+
+    It has a method for each command of `inspect` that Pidbox and you define, with its arguments:
+    conf(True), query_task("id1", "id2"). They return {node: reply}, or None if nobody answers; for a
+    single name as the destination its reply. Other options are those of `Control.broadcast`.
+    """
+
+    def __init__(self, control: Control, destination: Any = None, **options: Any) -> None:
+        self.node = destination if isinstance(destination, str) else None
+        self._options = {"destination": [self.node] if self.node else destination, **options}
+        self._control = control
+
+    def __getattr__(self, name: str) -> Any:
+        command = find_command(name, "inspect")
+        given = functools.partial(command_arguments, command)
+        return lambda *args, **named: self._request(name, **{**given(args), **named})
+
+    def _request(self, command: str, **arguments: Any) -> Any:
+        replies = self._control.broadcast(command, arguments, reply=True, **self._options)
+        found = {node: reply for each in replies for node, reply in each.items()}
+        return found.get(self.node) if self.node else found or None
+
+
+class Control:
+    """Remote control of an app's workers: `app.control`.
+
+    It has a method for each command of `control` that Pidbox and you define, with its arguments, and
+    options of `broadcast`: time_limit("tasks.add", soft=60, hard=120, reply=True). The destination
+    may also be the last argument.
+    """
+
+    def __init__(self, app: TaskQ) -> None:
+        self.app = app
+
+    def broadcast(
+        self, command: str, arguments: Any = None, destination: Any = None, connection: Any = None,
+        reply: bool = False, timeout: float | None = 1.0, limit: int | None = None,
+        callback: Any = None, channel: Any = None, pattern: str | None = None,
+        matcher: str | None = None, **more: Any,
+    ) -> Any:  # fmt: skip
+        """Send a command to workers; with `reply` return their replies, [{node: reply}, ...].
+
+        arguments: a dict, to which `more` is added. destination: a list of nodes, instead of all;
+        or a `pattern` of their names, and the `matcher` for it, 'glob' or 'pcre'. timeout: seconds
+        to wait for the next reply; None without end. limit: how many replies are enough, if not all
+        of those who were asked. callback: called with each. The others, Celery's, change nothing.
+        TypeError or ValueError for arguments that a command cannot have.
+        """
+        if destination is not None and not isinstance(destination, (list, tuple)):
+            given = f"destination={_repr(destination, 60)}"
+            raise ValueError(f"{given}: expected a list of nodes, such as ['celery@example.com']")
+        if pattern and matcher not in _MATCHERS:
+            raise ValueError(f"matcher={matcher!r}: expected {_names(_MATCHERS)}")
+        store, clock, ticket = self.app.store, self.app.clock, uuid()
+        arguments = {**(arguments or {}), **more}
+        if command in COMMANDS:
+            _symbol("inspect:signature")(COMMANDS[command].run).bind(None, **arguments)
+        if command in ("revoke", "terminate"):
+            _signal_number(arguments.get("signal") or "TERM")
+            if not destination and not pattern:
+                ids = arguments["task_id"]
+                store.revoke([ids] if isinstance(ids, str) else ids, _REVOKE_SECONDS)
+        exchange = f"{self.app.conf.control_exchange}.pidbox"
+        headers = {"clock": clock.forward(), "expires": time.time() + timeout if timeout else 0}
+        body = {"method": command, "arguments": arguments, "destination": destination}
+        body.update(pattern=pattern, matcher=matcher)
+        if not reply:
+            store.fan_out("fanout", exchange, [("", encode_post(exchange, "", body, headers))])
+            return None
+        to = f"reply.{exchange}"
+        body.update(ticket=ticket, reply_to={"exchange": to, "routing_key": ticket})
+        replies: list[Any] = []
+        with store.listening("direct", to, ticket, f"{ticket}.{to}") as read:
+            post = encode_post(exchange, "", body, headers)
+            asked = store.fan_out("fanout", exchange, [("", post)])
+            limit, last = limit or min(asked, len(destination or ()) or asked), time.monotonic()
+            while len(replies) < limit:
+                left = 1.0 if timeout is None else last + timeout - time.monotonic()
+                texts = read(max(0.0, min(left, 0.5)))
+                if not texts and left <= 0:
+                    break
+                for text in texts[: limit - len(replies)]:
+                    found, headers = decode_post(text)
+                    clock.adjust(headers.get("clock") or 0)
+                    replies.append(found)
+                    last = time.monotonic()
+                    if callback is not None:
+                        callback(found)
+        return replies
+
+    def __getattr__(self, name: str) -> Any:
+        command = find_command(name, "control")
+
+        def send(*args: Any, **options: Any) -> Any:
+            if len(args) == len(command.args) + 1 and not command.variadic:
+                *args, options["destination"] = args  # type: ignore[assignment]
+            return self.broadcast(name, command_arguments(command, args), **options)
+
+        return send
+
+    def revoke(
+        self, task_id: Any, destination: Any = None, terminate: bool = False,
+        signal: Any = "SIGTERM", **options: Any,
+    ) -> Any:  # fmt: skip
+        """Have workers not run a task, by its id, or several, by a list; with `terminate` also end
+        the process of one that runs, by this signal. A revoke for all is kept in an SQLite file,
+        for workers that are started later."""
+        arguments = {"task_id": task_id, "terminate": terminate, "signal": signal}
+        return self.broadcast("revoke", arguments, destination, **options)
+
+    def terminate(self, task_id: Any, destination: Any = None, **options: Any) -> Any:
+        """Revoke tasks and end the processes where they run."""
+        return self.revoke(task_id, destination, True, **options)
+
+    def inspect(self, *args: Any, **options: Any) -> Inspect:
+        """Return what asks workers: `app.control.inspect().active()`; arguments as Inspect's."""
+        return Inspect(self, *args, **options)
+
+    def ping(self, destination: Any = None, **options: Any) -> Any:
+        """Return [{node: {'ok': 'pong'}}, ...]."""
+        return self.broadcast("ping", None, destination, reply=True, **options)
+
+    def purge(self, connection: Any = None) -> int:
+        """Delete the messages that wait in the app's queues; return how many there were."""
+        return sum(map(self.app.store.purge, self.app.router.queues))
+
+    discard_all = purge
+
+
+def _pretty(reply: Any) -> tuple[str, str]:
+    """Return whether a reply is OK or an ERROR, and what it says, indented, as people read it."""
+    status, text = "OK", reply if isinstance(reply, str) else repr(reply)
+    if isinstance(reply, list):
+        text = "\n".join(f"* {item}" for item in reply) or "- empty -"
+    elif isinstance(reply, dict) and reply.keys() & {"ok", "error"}:
+        status = "OK" if "ok" in reply else "ERROR"
+        text = _pretty(reply[status.lower()])[1]
+    elif isinstance(reply, dict):
+        text = json.dumps(reply, sort_keys=True, indent=4, default=str)
+    return status, "\n".join(f"    {line}" for line in text.split("\n"))
+
+
+def command_list(kind: str) -> str:
+    """Return the commands of `inspect` or `control` with their help."""
+    lines = [f"{kind.capitalize()} Commands:"]
+    for name, command in sorted(COMMANDS.items()):
+        if command.kind == kind and command.visible:
+            lines.append(f"  {f'{name} {command.signature}':<31} {command.help}")
+    return "\n".join(lines)
+
+
+def _remote_command(app: TaskQ, options: Any) -> None:
+    """Run the command inspect, control or status."""
+    kind = options.command
+    if kind != "status" and options.list:
+        print(command_list(kind))
+        return
+
+    def show(reply: Any) -> None:
+        for node, said in reply.items():
+            status, text = _pretty(said)
+            print(f"->  {node}: {status}", *([text] if kind != "status" else []), sep="\n")
+
+    name, *words = ["ping"] if kind == "status" else options.words or [""]
+    try:
+        command = find_command(name, "inspect" if kind == "status" else kind)
+        converted = [convert(word) for (_, convert), word in zip(command.args, words)]
+        arguments = command_arguments(command, converted + words[len(converted) :])
+        replies = app.control.broadcast(
+            name, arguments, _name_list(options.destination) or None, reply=True,
+            timeout=options.timeout or 1.0, callback=None if options.json else show,
+        )  # fmt: skip
+    except AttributeError as exc:
+        raise CommandError(str(exc) if name else "Missing argument 'COMMAND'") from None
+    except (TypeError, ValueError) as exc:
+        takes = f"takes arguments: {command.signature or 'none'}"
+        raise CommandError(f"Command {name!r} {takes} ({exc})") from None
+    if not replies:
+        raise CommandError("No nodes replied within time constraint", 69)
+    if options.json:
+        found = {node: said for reply in replies for node, said in reply.items()}
+        print(json.dumps(replies if kind == "control" else found, default=_encode_rich))
+    elif kind != "control" and not options.quiet:
+        print(f"\n{_plural(len(replies), 'node')} online.")
+
+
+# ---------------------------------------------------------------------------------------------
+# 15. Worker
 # ---------------------------------------------------------------------------------------------
 
 
@@ -6404,25 +7358,34 @@ class _LogStream(io.TextIOBase):
         self.local = threading.local()  # rest: the begin of a line; None: the log itself prints
 
     def write(self, text: Any) -> int:
-        text, held = str(text), getattr(self.local, "rest", "")
+        held = getattr(self.local, "rest", "")
         if held is not None:
-            *lines, rest = (held + text).split("\n")
+            *lines, rest = f"{held}{text}".split("\n")
             self.local.rest = None
-            try:
-                for line in filter(str.strip, lines):
-                    logging.getLogger("celery.redirected").log(self.level, line.rstrip())
-            finally:
-                self.local.rest = rest
-        return len(text)
+            for line in filter(str.strip, lines):
+                logging.getLogger("celery.redirected").log(self.level, line.rstrip())
+            self.local.rest = rest
+        return len(str(text))
 
     def flush(self) -> None:
         if getattr(self.local, "rest", None):
             self.write("\n")
 
 
-def configure_logging(app: TaskQ, loglevel: int, logfile: str | None, color: Any) -> None:
-    """Set up a worker's log as Celery does; a receiver of `setup_logging` does it instead."""
+def log_path(path: str, index: int = 0) -> str:
+    """Expand %i, the index of a pool's process, and %I, the same after a dash or nothing for 0."""
+    return path.replace("%i", str(index)).replace("%I", f"-{index}" if index else "")
+
+
+def configure_logging(
+    app: TaskQ, loglevel: int, logfile: str | None, color: Any, index: int = 0
+) -> None:
+    """Set up a worker's log as Celery does; a receiver of `setup_logging` does it instead.
+
+    index: that of the pool's process, for a file of its own; 0 for the main process.
+    """
     conf, stream = app.conf, sys.__stderr__
+    logfile = logfile and log_path(logfile, index)
     for default in (conf.worker_log_color, not logfile and stream is not None and stream.isatty()):
         color = default if color is None else color
     named = {"sender": None, "loglevel": loglevel, "logfile": logfile, "colorize": color}
@@ -6472,68 +7435,85 @@ POOLS: dict[str, Any] = dict.fromkeys(("prefork", "processes"), PreforkPool)
 POOLS.update(dict.fromkeys(("threads", *_PATCHES), ThreadPool), solo=SoloPool)
 
 #: A worker's options that stand for settings: `time_limit` is the setting task_time_limit.
-_OPTION_SETTINGS = {re.sub("^(worker|task)_", "", name): name for name in SETTINGS}
-_OPTION_SETTINGS["broker"] = "broker_url"
+_OPTION_SETTINGS = {
+    **{re.sub("^(worker|task)_", "", name): name for name in SETTINGS},
+    "broker": "broker_url",
+    "statedb": "worker_state_db",
+    "task_events": "worker_send_task_events",
+    "schedule_filename": "beat_schedule_filename",
+}
+
+#: For how many seconds a revoke is kept (in Celery for 3 hours: a later ETA would run), how many.
+_REVOKE_SECONDS, _REVOKES_MAX = 30 * 86_400, 50_000
 
 
 class Worker:
     """Claims messages, has a pool run them, and settles what comes of them.
 
-    hostname: the node's name. queues, exclude_queues: names, or text with commas. loglevel: 'INFO',
-    by default 'WARNING'. logfile: a path. quiet: print no banner. no_color: nor colours. purge:
-    delete waiting messages first. Other options set settings while it runs: `pool`, `concurrency`,
-    `time_limit`, `max_tasks_per_child`, `prefetch_multiplier`, …
+    Its options are those of the command line, by their long names. Most set settings while it runs:
+    `pool`, `concurrency`, `time_limit`, … Names may be lists, or text with commas; hostname,
+    logfile and statedb take %n, %h and %d, as node_format does.
     """
 
+    stopping: str | None = None  # 'warm' or 'cold'
+    exitcode = 0
+    restarting = False  # whether whoever started it shall start it anew when it has ended
+    control: Any = None  # its end of remote control
+    beat: Any = None
+    _limits_of = -1  # the app's generation whose rate limits it keeps
+    _hungry = True  # whether there may be more to claim
+    _due: float | None = None  # when the next message with an ETA is due
+    # When it last looked for dead workers and for commands, sent a heartbeat, had a new task:
+    _looked = _attended = _beaten = _busy = 0.0
     #: The options that are no settings.
-    OPTIONS = "hostname queues exclude_queues loglevel logfile quiet no_color purge".split()
+    OPTIONS = (
+        "hostname queues exclude_queues loglevel logfile quiet no_color purge autoscale beat "
+        "without_heartbeat heartbeat_interval"
+    ).split()
 
     def __init__(self, app: TaskQ, **options: Any) -> None:
-        self.app = app
+        self.app, conf = app, app.conf
         own = types.SimpleNamespace(**{name: options.pop(name, None) for name in self.OPTIONS})
         self.own_options = own
         app.import_default_modules()
         host, name = _hostname(), own.hostname or "celery"
         name = name if "@" in name else f"{name}@%h"
         self.hostname = node_format(name, f"{host.partition('.')[0]}@{host}")
-        celeryd_init.send(sender=self.hostname, instance=self, conf=app.conf, options=options)
+        celeryd_init.send(sender=self.hostname, instance=self, conf=conf, options=options)
         for name in options.keys() - _OPTION_SETTINGS.keys():
             hint = _hint(name, (*self.OPTIONS, *_OPTION_SETTINGS), 0.6)
             raise TypeError(f"a worker has no option {name!r}{hint}")
         found = {_OPTION_SETTINGS[k]: value for k, value in options.items() if value is not None}
         if "include" in found:
-            found["include"] = _name_list(app.conf.include) + _name_list(found["include"])
+            found["include"] = [*_name_list(conf.include), *_name_list(found["include"])]
         self.overrides = found  # settings, which spawned children take too
-        self._replaced = {name: app.conf[name] for name in found}
-        app.conf.update(found)
-        if "include" in found:
-            app.import_default_modules()
-        self.pool_name = app.conf.worker_pool
-        self.start_method = app.conf.worker_pool_start_method
-        self.concurrency = _count(app.conf.worker_concurrency)
+        self._replaced = {name: conf[name] for name in found}
+        conf.update(found)
+        app.import_default_modules()
+        self.pool_name = conf.worker_pool
+        self.concurrency = _count(conf.worker_concurrency)
+        #: The most and the fewest processes, where their number follows the work.
+        self.autoscaled: Any = own.autoscale and _most_and_least(own.autoscale)
         level = own.loglevel or "WARNING"
         self.log_options: dict[str, Any] = {
             "loglevel": level if isinstance(level, int) else logging.getLevelName(level.upper()),
             "logfile": own.logfile and os.path.abspath(node_format(own.logfile, self.hostname)),
             "color": False if own.no_color else None,
         }
-        self.renews_children = False  # whether a new task has children forked anew (in a script)
-        self.stopping: str | None = None  # 'warm' or 'cold'
-        self.exitcode = 0
+        self.beats = 0.0 if own.without_heartbeat else float(own.heartbeat_interval or 2)
+        self.started = time.time()
+        self.total: collections.Counter[str] = collections.Counter()  # claims, by their task's name
         self.ready = threading.Event()
         self._unsettled: list[tuple[Claim, Any]] = []
-        self._hungry = True  # whether there may be more to claim
-        self._due: float | None = None  # when the next message with an ETA is due
-        self._looked = 0.0  # when it last looked for dead workers
-        self._looks = itertools.count()  # how often it has
-        self._begun: set[int] = set()  # tickets of running tasks, as the store knows them
+        self._begun: set[int] = set()  # tickets of running tasks that were announced
 
     def start(self) -> int:
         """Run until told to stop; return the exit status."""
-        own, streams = self.own_options, (sys.stdout, sys.stderr)
-        signals: dict[int, Any] = {}  # the handlers that its own replace
-        configure_logging(self.app, **self.log_options)
-        try:
+        own = self.own_options
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(sys.stdout))  # put back at the end
+            stack.enter_context(contextlib.redirect_stderr(sys.stderr))
+            configure_logging(self.app, **self.log_options)
             self.setup()
             celeryd_after_setup.send(sender=self.hostname, instance=self, conf=self.app.conf)
             count = sum(map(self.store.purge, self.queue_names)) if own.purge else 0
@@ -6541,19 +7521,18 @@ class Worker:
             if sys.__stdout__:
                 print(text + ("" if own.quiet else self.banner()), file=sys.__stdout__, flush=True)
             with contextlib.suppress(ValueError):  # in another thread than the main one
-                self._install_signals(signals)
+                self._install_signals(stack)
             return self.run()
-        finally:
-            sys.stdout, sys.stderr = streams
-            for signum, handler in signals.items():
-                signal.signal(signum, handler)
 
     def check(self) -> None:
         """Raise where an address or option cannot be used, before anything is started."""
         if POOLS[self.pool_name].kills and not hasattr(os, "fork"):
             self.pool_name = "threads"
-        if POOLS[self.pool_name].kills and self.app.store.folder is None:
+        kills = POOLS[self.pool_name].kills
+        if kills and not self.app.store.shared:
             raise ImproperlyConfigured("memory:// lives in one process: use --pool=threads or solo")
+        if self.autoscaled and not kills:
+            raise ImproperlyConfigured(f"the {self.pool_name} pool has no --autoscale: use prefork")
         _patch_greenlets(self.pool_name)
         self.app.store.look(())
         self.app.backend.uri()
@@ -6561,16 +7540,18 @@ class Worker:
         names = _name_list(self.own_options.queues) or list(router.queues)
         unwanted = _name_list(self.own_options.exclude_queues)
         self.queues = [router.queue(name) for name in names if name not in unwanted]
-        self.queue_names = [queue.name for queue in self.queues]
         if not self.queues:
             raise ImproperlyConfigured("no queues are left to serve: see -Q and -X")
+        path = self.app.conf.worker_state_db
+        url = path and "sqlite:///" + os.path.abspath(node_format(path, self.hostname))
+        self.memory = open_store(url, {}) if url else self.app.store  # of revokes
+        self.revoked = self.memory.revoked()  # until when, by id
 
     def setup(self) -> None:
         """Open what the worker needs."""
         self.check()
         self.pid = os.getpid()
         self.store: Store = self.app.store
-        self.app.router.bind(self.queues)
         self.owner = int.from_bytes(os.urandom(7), "big")
         for other in Journal.others(self.store.folder):
             if other.info["node"] == self.hostname and not other.lock_whole():
@@ -6578,14 +7559,18 @@ class Worker:
                 text += "each its own name with -n"
                 worker_logger.warning(text, other.info["pid"], self.hostname)
         self.bell = self.store.bells.open()
-        self.bell.listen("q:" + name for name in self.queue_names)
         pool = POOLS[self.pool_name]
-        size = 1 if pool is SoloPool else self.concurrency
+        size = self.autoscaled[1] if self.autoscaled else self.concurrency
+        size = 1 if pool is SoloPool else size
+        path = os.path.join(self.store.folder, f"{self.owner:x}.journal")
         slots = 2 * size + 2 if pool.kills else size
-        folder = self.store.folder
-        path = os.path.join(folder, f"{self.owner:x}.journal") if folder else None
         self.journal = Journal(path, {"node": self.hostname, "slots": slots})
         self.pool: Pool = pool(self, size)
+        self.dispatcher = EventDispatcher(hostname=self.hostname, app=self.app)
+        self.set_events(self.app.conf.worker_send_task_events)
+        if self.app.conf.worker_enable_remote_control:
+            self.control = Pidbox(self)
+        self.serve(self.queues)
         if self.pool_name != self.app.conf.worker_pool:
             worker_logger.warning("There is no fork on this platform: using the threads pool")
         if not pool.kills and any(task.time_limit for task in self.app.tasks.values()):
@@ -6596,6 +7581,10 @@ class Worker:
         worker_init.send(sender=self)
         self._housekeeping()
         self.pool.submit(())  # starts its processes
+        if self.own_options.beat:
+            self.beat = Beat(self.app)
+            threading.Thread(target=self.beat.run, name="beat", daemon=True).start()
+        self.heartbeat("worker-online")
         worker_logger.info("%s ready.", self.hostname)
         worker_ready.send(sender=self)
         self.ready.set()
@@ -6603,7 +7592,7 @@ class Worker:
     def lost(self, claim: Claim, flags: int, why: str = "its main process died") -> Outcome:
         """Return the end of a task that a dead worker had begun."""
         exc = WorkerLostError(f"Worker exited prematurely: {why}.")
-        return lost(self.app, claim, exc, runs_again(claim, flags, worker_died=True))
+        return lost(self.app, claim, exc, flags, worker_died=True)
 
     def run(self) -> int:
         """Work until told to stop; return the exit status."""
@@ -6619,42 +7608,66 @@ class Worker:
                 self._abandon()
         finally:
             worker_shutdown.send(sender=self)
+            self.heartbeat("worker-offline")
+            if self.beat is not None:
+                self.beat.stop()
+            if self.control is not None:
+                self.control.close()
             self.pool.stop(10.0 if self.stopping == "warm" else 0.0)
             # With what is not settled the journal stays, for the worker that recovers it.
             self.journal.close(remove=not (self.pool.held or self._unsettled))
+            self.store.leave(self.owner)
             self.store.bells.close(self.bell)
             self.store.bells.sweep()
+            self.memory.close()
             self.app.close()
             self.app.conf.update(self._replaced)
         return self.exitcode
 
     def _turn(self, claiming: bool = True) -> None:
         """Settle what has ended, claim what there is room for, hand it out; sleep if idle."""
-        pool, bell = self.pool, self.bell
+        pool, bell, now = self.pool, self.bell, time.monotonic()
         try:
+            if now - self._attended > 0.2:
+                self._attend()
+            if now - self._looked > 1.0:
+                self._housekeeping()
             self._unsettled = finished = self._unsettled + pool.collect()
-            room = max(pool.room(), 0) if claiming else 0
+            room = max(pool.room(), 0) if claiming and self.queues else 0
             limit = room if self._hungry else 0
             claims = self._settle(self.owner, finished, limit) if finished or limit else []
             self._unsettled = []
             if limit:
                 self._hungry = len(claims) >= limit
-            pool.settled()
+            for slot in pool.slots:  # the outcomes are safely in the store
+                slot.consume()
+            events = [event for claim, outcome in finished for event in outcome.events
+                      if event[0] != "task-started" or claim.ticket not in self._begun]  # fmt: skip
+            if events:
+                self.dispatcher.publish(events)
+            self._begun.difference_update(claim.ticket for claim, _ in finished)
+            if self._limits_of != self.app.generation:
+                self.read_limits()
             if claims:
-                self._received(claims)
+                self._busy = now
+                self._announce(claims)
+                claims = self._discard(claims)
+                self.total.update(_head_of(claim)[0] for claim in claims)
+            if claims or pool.later:
                 pool.submit(claims)
-            if time.monotonic() - self._looked > 1.0:
-                self._housekeeping()
+            if claims and self.autoscaled:
+                self.scale()
             if finished or claims:
                 pool.rest(bool(claims))
             elif not bell.asleep:
-                if self.store.foreign:
-                    self._note_begun()
                 bell.doze(room > 0)
+                self._attend()
                 ready, self._due = self.store.look(self.queue_names) if room else (False, None)
                 self._hungry = self._hungry or ready
             else:
-                wanted = pool.patience
+                wanted = min([pool.patience, *(pool.next[name] - now for name, _ in pool.later)])
+                if self._watched and len(self._begun) < min(len(pool.held), pool.size):
+                    wanted = min(wanted, 0.2)  # to see what begins
                 if self._due is not None and room:
                     wanted = min(wanted, max(0.0, self._due - time.time()))
                 self._hungry = bell.wait(wanted) or self._hungry
@@ -6663,14 +7676,28 @@ class Worker:
             worker_logger.error("%s cannot be used: %s. Trying again in 1 second.", what, exc)
             time.sleep(1.0)
 
-    def _note_begun(self) -> None:
-        """Tell the store which tasks now run that must not run again, once of each."""
-        held, running = self.pool.held, [slot.begun for slot in self.journal.slots]
-        begun = {ticket for ticket, flags in running if not flags}
-        early = [held[ticket] for ticket in begun - self._begun if ticket in held]
-        if early:
-            self.store.begun(early)
-        self._begun = begun
+    def _attend(self) -> None:
+        """Carry out commands. Tell the store which tasks now run that must not run again, and those
+        who hear of events which have started, once of each."""
+        self._attended = time.monotonic()
+        if self.control is not None:
+            self.control.handle()
+        if self._watched:
+            held, running = self.pool.held, dict(slot.begun for slot in self.pool.slots)
+            begun = {ticket for ticket, flags in running.items() if flags != DECODING}
+            new = [held[ticket] for ticket in begun - self._begun if ticket in held]
+            self._begun.update(claim.ticket for claim in new)
+            early = [claim for claim in new if not running[claim.ticket]]
+            if early and self.store.foreign:
+                self.store.begun(early)
+            if new:
+                self.dispatcher.publish([("task-started", {"uuid": _head_of(c)[1]}) for c in new])
+
+    def _discard(self, claims: list[Claim]) -> list[Claim]:
+        """Return the claims that are not revoked; note the end of the others."""
+        gone = [c for c in claims if _head_of(c)[1] in self.revoked] if self.revoked else []
+        self._unsettled += [(c, lost(self.app, c, TaskRevokedError("revoked"))) for c in gone]
+        return [claim for claim in claims if claim not in gone]
 
     def _settle(self, owner: int, finished: Sequence[Any], room: int = 0) -> list[Claim]:
         """Settle an owner's claims, results first where they have a store; claim up to `room`."""
@@ -6698,31 +7725,125 @@ class Worker:
                 raise OperationalError(str(exc)) from None
             end = Outcome("reject", [], [], f"it cannot be settled: {exc}", 0.0)
             if outcome.runtime:  # it has run: say how it ends
-                end = lost(self.app, claim, exc, again=False)
+                end = lost(self.app, claim, exc)
             return self._settle(owner, [(claim, end)])
 
-    def _received(self, claims: Sequence[Claim]) -> None:
-        """Log claims and tell the receivers of `task_received`."""
+    def _announce(self, claims: Sequence[Claim]) -> None:
+        """Log claims, tell the receivers of `task_received`, send the event."""
         strategy = logging.getLogger("celery.worker.strategy")
-        heard = task_received.receivers or strategy.isEnabledFor(logging.INFO)
-        for claim in claims if heard else ():
+        logs, events, hears = strategy.isEnabledFor(logging.INFO), [], task_received.receivers
+        for claim in claims if logs or hears or self.dispatcher.enabled else ():
             with contextlib.suppress(MalformedMessage):  # whoever executes it rejects it
                 headers = claim.message.headers
                 name = headers.get("shadow") or headers["task"]
                 strategy.info("Task %s[%s] received", name, headers["id"])
-                if task_received.receivers:
+                if self.dispatcher.enabled:
+                    fields = {**call_fields(claim.message), "timestamp": time.time()}
+                    events.append(("task-received", fields))
+                if hears:
                     request = request_of(claim.message, None, None, {}, self.hostname)
                     request.update(name=headers["task"])
                     task_received.send(sender=self, request=request)
+        if events:
+            self.dispatcher.publish(events)
 
     def _housekeeping(self) -> None:
-        """Look, once a second, for dead workers, and now and then for expired results."""
-        self._looked = time.monotonic()
+        """Look, once a second, for dead workers, and now and then for what has expired."""
+        before, self._looked = self._looked, time.monotonic()
         self.journal.touch()
         if self.store.recover(self.lost, self._settle):
             self._hungry = True
-        if next(self._looks) % 30 == 0:
+        if self.beats and self._looked - self._beaten > self.beats:
+            self.heartbeat()
+        if self.autoscaled:
+            self.scale()
+        if before // 30 != self._looked // 30:
             self.store.sweep()
+            kept = [(id, until) for id, until in self.revoked.items() if until > time.time()]
+            self.revoked = dict(kept[-_REVOKES_MAX:])
+
+    # -- what remote control asks for ------------------------------------------------------------
+
+    def reserved(self) -> list[Claim]:
+        """Return the claims that have not begun."""
+        running = {claim.ticket for claim, _, _ in self.pool.active()}
+        return [claim for claim in self.pool.held.values() if claim.ticket not in running]
+
+    def revoke(self, ids: Iterable[str], terminate: bool = False, signal: Any = "TERM") -> set[str]:
+        """Discard tasks, those that wait here at once, others when they come; with `terminate` also
+        send the process of one that runs here a signal, a name or number, and return the ids of
+        those that were here. NotImplementedError without such processes, ValueError."""
+        ids, signum = set(ids), _signal_number(signal)
+        if terminate:
+            self.pool.terminate(0, signum)  # nobody, but it says whether it can
+        self.revoked.update(dict.fromkeys(ids, time.time() + _REVOKE_SECONDS))
+        self.memory.revoke(ids, _REVOKE_SECONDS)
+        running = {_head_of(claim)[1]: claim.ticket for claim, _, _ in self.pool.active()}
+        here = {id for _, id in map(_head_of, self.pool.held.values())} & ids
+        if here:
+            self.pool.submit(self._discard(self.pool.take_back()))
+        self._end_elsewhere(ids - here)
+        if not terminate:
+            worker_logger.info("Tasks flagged as revoked: %s", ", ".join(ids))
+            return set()
+        for id in here:
+            worker_logger.info("Terminating %s (Signals.%s)", id, signum.name)
+            self.pool.terminate(running.get(id, 0), signum)
+        return here
+
+    def _end_elsewhere(self, ids: set[str]) -> None:
+        """Give revoked tasks that no worker has claimed their end at once: they may wait long."""
+        for journal in Journal.others(self.store.folder):
+            ids = ids - {_head_of(claim)[1] for claim in self.store.claims_of(journal.owner)}
+        known, exc = self.app.backend.get_results(list(ids)), TaskRevokedError("revoked")
+        waits = [id for id in ids if known.get(id, (PENDING,))[0] in UNREADY_STATES - {STARTED}]
+        rows = [result_row(self.app, Context(id=id), REVOKED, exc) for id in waits]
+        self.app.backend.put_results(rows)
+
+    def read_limits(self) -> None:
+        """Learn the rate limits of the tasks; what waits for one waits anew."""
+        self._limits_of, limits = self.app.generation, {}
+        for name, task in self.app.tasks.items():
+            rate = 0.0 if self.app.conf.worker_disable_rate_limits else _rate(task.rate_limit)
+            if rate:
+                limits[name] = 1 / rate
+        self.pool.limits, back = limits, self.pool.take_back()
+        self.pool.next.clear()
+        self.pool.submit(back)
+
+    def scale(self) -> None:
+        """Have a process for each task that is held; fewer only after 30 s without a new one."""
+        (most, least), size = self.autoscaled, self.pool.size
+        keepalive = float(os.environ.get("AUTOSCALE_KEEPALIVE", 30))
+        wanted = max(least, min(most, len(self.pool.held) - len(self.pool.later)))
+        is_idle = time.monotonic() - self._busy > keepalive
+        if wanted > size or size > most or is_idle and wanted < size:
+            text = "Scaling up %s processes." if wanted > size else "Scaling down %s processes."
+            worker_logger.info(text, abs(wanted - size))
+            self.pool.resize(wanted)
+
+    def serve(self, queues: list[Queue]) -> None:
+        """Serve these queues from now on."""
+        self.queues, self.queue_names = queues, [queue.name for queue in queues]
+        self.app.router.bind(queues)
+        topics = self.control.inbox.topics if self.control is not None else ()
+        self.bell.listen([*(f"q:{name}" for name in self.queue_names), *topics])
+        self._hungry = True
+
+    def set_events(self, on: bool) -> None:
+        """Send events of tasks, or stop that."""
+        self.dispatcher.enabled = self.journal.events = bool(on)
+        self._watched = self.store.foreign or bool(on)  # whether to tell which tasks run
+
+    def heartbeat(self, type: str = "worker-heartbeat") -> None:
+        """Send an event of this worker: worker-online, worker-heartbeat, worker-offline."""
+        self._beaten = time.monotonic()
+        load = [round(value, 2) for value in getattr(os, "getloadavg", lambda: (0.0,) * 3)()]
+        about = {"sw_ident": "taskq", "sw_ver": __version__, "sw_sys": _symbol("platform:system")()}
+        count = {"active": len(self.pool.active()), "processed": sum(self.total.values())}
+        self.dispatcher.send(type, freq=self.beats or 2.0, loadavg=load, **count, **about)
+
+    # -- the end ---------------------------------------------------------------------------------
 
     def stop(self, how: str = "warm", exitcode: int = 0) -> None:
         """Ask the worker to end: 'warm' lets running tasks finish, 'cold' ends them."""
@@ -6742,12 +7863,9 @@ class Worker:
         self.pool.stop(0.0)
         told = functools.partial(self.lost, why="it was told to stop at once")
         brought: list[Claim] = []  # the end of a chord is for the worker that settles its last part
-
-        def settle(owner: int, finished: Sequence[Any]) -> None:
-            brought.extend(self._settle(owner, finished))
-
         try:
-            self.store.recover_owner(self.owner, self.journal.ends(), told, settle)
+            keep = lambda *settled: brought.extend(self._settle(*settled))  # noqa: E731
+            self.store.recover_owner(self.owner, self.journal.ends(), told, keep)
             if brought:
                 self._settle(self.owner, [(claim, _GIVE_BACK) for claim in brought])
             self._unsettled = []
@@ -6755,21 +7873,25 @@ class Worker:
         except OperationalError as exc:
             worker_logger.error("The store cannot be used: %s. The next worker settles.", exc)
 
-    def _install_signals(self, replaced: dict[int, Any]) -> None:
-        """Install the worker's handlers, and note those they replace."""
+    def _install_signals(self, stack: contextlib.ExitStack) -> None:
+        """Install the worker's handlers; `stack` puts back those they replace."""
+        # Where there is a terminal, a HUP says that it has gone.
+        hup_restarts = not (sys.__stdout__ and sys.__stdout__.isatty())
 
         def stop(signum: int, frame: Any) -> None:
             if os.getpid() != self.pid:
                 return
             name = signal.Signals(signum).name
-            interrupt = name == "SIGINT"
-            cold = name == "SIGQUIT" or interrupt and self.stopping is not None
-            how, status = ("Cold" if cold else "Warm"), int(cold or interrupt)
-            text = f"worker: {how} shutdown (MainProcess)"
-            if interrupt and not cold:
-                text = f"worker: Hitting Ctrl+C again will terminate all running tasks!\n\n{text}"
+            self.restarting = name == "SIGHUP" and hup_restarts  # what came before is overruled
+            is_first = name == "SIGINT" and self.stopping is None
+            status = int(name in ("SIGINT", "SIGQUIT"))
+            cold = status > is_first
+            how = "Cold" if cold else "Warm"
+            text = f"\nworker: {how} shutdown (MainProcess)\n"
+            if is_first:
+                text = f"\nworker: Hitting Ctrl+C again will terminate all running tasks!\n{text}"
             with contextlib.suppress(OSError, RuntimeError):  # print may be what it interrupts
-                os.write(2, f"\n{text}\n".encode())
+                os.write(2, text.encode())
             worker_shutting_down.send(sender=self.hostname, sig=name, how=how, exitcode=status)
             self.stop("cold" if cold else self.stopping or "warm", status)
             if cold and _thread.stack:  # a task of the solo pool, which nothing else can end
@@ -6781,7 +7903,7 @@ class Worker:
             handlers["SIGCHLD"] = lambda *_: self.bell.ring()
         for name in handlers.keys() & set(dir(signal)):  # Windows has two of them
             signum = getattr(signal, name)
-            replaced[signum] = signal.signal(signum, handlers[name])
+            stack.callback(signal.signal, signum, signal.signal(signum, handlers[name]))
 
     def banner(self) -> str:
         """Return what a worker prints when it starts."""
@@ -6791,6 +7913,9 @@ class Worker:
         )
         names = sorted(name for name in self.app.tasks if not name.startswith("celery."))
         tasks = "".join(["[tasks]\n", *(f"  . {name}\n" for name in names)])
+        off = "OFF (enable -E to monitor tasks in this worker)"
+        most, least = self.autoscaled or (0, 0)
+        count = f"{{min={least}, max={most}}}" if most else self.concurrency
         return f"""
  -------------- {self.hostname} v{__version__} (taskq)
 
@@ -6798,8 +7923,8 @@ class Worker:
 . app:         {self.app.main or "__main__"}:{id(self.app):#x}
 . broker:      {_mask_url(self.store.uri())}
 . results:     {_mask_url(self.app.backend.uri())}
-. concurrency: {self.concurrency} ({self.pool_name})
-. task events: OFF
+. concurrency: {count} ({self.pool_name})
+. task events: {"ON" if self.dispatcher.enabled else off}
 
 [queues]
 {queues}
@@ -6815,6 +7940,25 @@ def _count(concurrency: Any) -> int:
     if str(concurrency).isdecimal() and int(concurrency) > 0:
         return int(concurrency)
     raise ImproperlyConfigured(f"concurrency {concurrency!r}: expected a number above 0, or 'auto'")
+
+
+def _most_and_least(text: str) -> tuple[int, int]:
+    """Return the most and the fewest processes that --autoscale gives, '10,3'."""
+    with contextlib.suppress(ValueError):
+        most, least = map(int, f"{text},0".split(",")[:2])
+        if 0 <= least <= most > 0:
+            return most, least
+    raise ImproperlyConfigured(f"autoscale {text!r}: expected MAX,MIN, as in 10,3")
+
+
+def _signal_number(name: Any) -> Any:
+    """Return a signal by its name, 'TERM' or 'SIGTERM', or number; ValueError if there is none."""
+    with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
+        if str(name).isdecimal():
+            return signal.Signals(int(name))
+        return signal.Signals["SIG" + re.sub("^SIG", "", name.upper())]
+    why = "expected a name such as 'TERM' or 'SIGKILL', or a number"
+    raise ValueError(f"no signal {name!r}: {why}")
 
 
 def _plural(count: int, noun: str) -> str:
@@ -6839,7 +7983,7 @@ def _patch_greenlets(pool: str | None) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 13. Background worker
+# 16. Background worker
 # ---------------------------------------------------------------------------------------------
 
 
@@ -6865,12 +8009,11 @@ class BackgroundWorker:
         if self.worker is not None:
             raise RuntimeError("this worker is running already")
         interactive = hasattr(sys, "ps1")  # a REPL, or a notebook
-        pool = "threads" if interactive or self.app.store.folder is None else "prefork"
+        pool = "threads" if interactive or not self.app.store.shared else "prefork"
         name = f"background{os.getpid()}-{os.urandom(2).hex()}"
         worker = Worker(self.app, **{"pool": pool, "hostname": name, **self.options})
         worker.setup()
-        worker.renews_children = worker.pool.kills and worker.start_method == "fork"
-        if worker.renews_children and "IPython" in sys.modules:
+        if worker.pool.kills and "IPython" in sys.modules:
             shell = sys.modules["IPython"].get_ipython()
             if shell is not None:
                 shell.events.register("post_run_cell", self._renew)
@@ -6902,12 +8045,627 @@ class BackgroundWorker:
 
 
 # ---------------------------------------------------------------------------------------------
-# 14. Command line
+# 17. Beat
+# ---------------------------------------------------------------------------------------------
+
+beat_logger = logging.getLogger("celery.beat")
+
+#: What an entry of `beat_schedule` may hold; `subtask_type` is that of a chain, a group, ...
+_ENTRY: dict[str, Any] = {"task": (str,), "args": (list, tuple), "kwargs": (dict,)}
+_ENTRY.update(options=(dict,), schedule=(object,), relative=(bool,), subtask_type=(str,))
+
+
+def _entry(app: TaskQ, name: str, given: Any) -> tuple[str, BaseSchedule, Signature]:
+    """Return an entry's name, schedule and call; ImproperlyConfigured says what is wrong."""
+    try:
+        given = {"task": None, **{key: v for key, v in given.items() if v is not None}}
+        for key, value in given.items():
+            if key not in _ENTRY:
+                raise TypeError(f"unknown key {key!r}{_hint(key, _ENTRY, 0.6)}")
+            kinds = _ENTRY[key]
+            if not isinstance(value, kinds):
+                raise TypeError(f"{key} is {_repr(value, 60)}: expected a {kinds[0].__name__}")
+        _check_call_options(given.get("options", {}))
+        when, relative = given.pop("schedule", None), given.pop("relative", False)
+        when = when if isinstance(when, BaseSchedule) else schedule(when, relative)
+        when.app = app
+        return name, when, Signature.from_dict(given, app)
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise ImproperlyConfigured(f"beat_schedule[{name!r}]: {exc}") from None
+
+
+class Beat:
+    """Sends an app's periodic tasks when they are due. The store keeps the last runs, and lets only
+    one of several beats send each.
+
+    max_interval: seconds, at most, between two looks. schedule: a file that keeps the last runs
+    too, in case that the store is wiped. Both stand for settings.
+    """
+
+    def __init__(self, app: TaskQ, max_interval: Any = None, schedule: str | None = None) -> None:
+        app.import_default_modules()
+        self.app, conf = app, app.conf
+        self.max_interval = max_interval or conf.beat_max_loop_interval or 300
+        self.path = schedule or conf.beat_schedule_filename
+        entries = [_entry(app, name, given) for name, given in conf.beat_schedule.items()]
+        self.entries = {f"{app.main}:{entry[0]}": entry for entry in entries}
+        self.last: dict[str, float] = {}  # when each last ran, in seconds since the epoch
+        self._stopped, self._ticking = threading.Event(), threading.Lock()
+        if self.path and os.path.exists(self.path):
+            try:
+                with open(self.path) as file:
+                    self.last = {key: float(last) for key, last in json.load(file).items()}
+            except (ValueError, TypeError, AttributeError):
+                text = f"{self.path} is no file of beat's: name another one, or remove it"
+                raise ImproperlyConfigured(text) from None
+
+    def run(self) -> None:
+        """Send tasks until `stop` is called."""
+        beat_logger.info("beat: Starting...")
+        beat_init.send(sender=self)
+        if threading.current_thread() is not threading.main_thread():
+            beat_embedded_init.send(sender=self)
+        wait, pause = 0.0, 1
+        while not self._stopped.wait(wait):
+            try:
+                with self._ticking:
+                    wait, pause = self.tick(), 1
+            except OperationalError as exc:
+                text = "beat: Connection error: %s. Trying again in %s seconds..."
+                beat_logger.error(text, exc, pause)
+                wait, pause = pause, min(2 * pause, 32)
+
+    def stop(self) -> None:
+        """Have `run` return; wait while it sends."""
+        self._stopped.set()
+        with self._ticking:
+            beat_logger.info("beat: Shutting down...")
+
+    def tick(self) -> float:
+        """Send what is due; return the seconds until the next look."""
+        store, now = self.app.store, time.time()
+        last = {key: last for key, (last, _) in store.due_runs().items()}
+        for key in self.entries.keys() - last.keys():
+            last[key] = self.last.get(key, now)  # it is new, or the store was wiped
+            store.publish((), run=(key, None, last[key]))
+        before, self.last = self.last, last
+        soonest = min(map(self._look, self.entries), default=float("inf"))
+        if self.path and before != self.last:
+            with open(self.path + ".new", "w") as file:
+                json.dump(self.last, file)
+            os.replace(self.path + ".new", self.path)
+        return min(max(soonest - time.time(), 0), self.max_interval)
+
+    def _look(self, key: str) -> float:
+        """Send an entry if it is due; return when to look at it again."""
+        (name, when, call), app, batch = self.entries[key], self.app, Batch()
+        last, now, wait = self.last[key], time.time(), self.max_interval
+        try:
+            due, wait = when.is_due(datetime.fromtimestamp(last, app.timezone))
+            if due:
+                with app._batch(batch):
+                    call.apply_async()
+                if app._publish(batch.calls, chords=batch.chords, run=(key, last, now)):
+                    self.last[key] = now
+                    beat_logger.info("Scheduler: Sending due task %s (%s)", name, call.task)
+                else:  # another beat was quicker
+                    wait = 0
+        except OperationalError:
+            raise
+        except Exception:  # its arguments cannot be serialized, say
+            beat_logger.exception("beat: %s cannot be sent", name)
+        return now + wait
+
+
+def _beat_command(app: TaskQ, options: Any) -> None:
+    """Run beat until SIGTERM or SIGINT."""
+    level, color = options.loglevel or "WARNING", False if options.no_color else None
+    with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):
+        # This comes first, and replaces them: what fails in on_after_configure is only logged.
+        configure_logging(app, logging.getLevelName(level), options.logfile, color)
+        beat = Beat(app, options.max_interval, options.schedule)
+        if not options.quiet:
+            text = f"""taskq beat v{__version__} is starting.
+__    -    ... __   -        _
+LocalTime -> {datetime.now().replace(microsecond=0)}
+Configuration ->
+    . broker -> {_mask_url(app.store.uri())}
+    . db -> {beat.path or "in the store"}
+    . logfile -> {options.logfile or "[stderr]"}@%{level}
+    . maxinterval -> {_in_words(beat.max_interval)} ({beat.max_interval}s)"""
+            print(text, file=sys.__stdout__, flush=True)
+        app.close()
+        with _daemon(options):
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, lambda *_: sys.exit(0))
+            beat.run()
+
+
+# ---------------------------------------------------------------------------------------------
+# 18. Daemons, multi
 # ---------------------------------------------------------------------------------------------
 
 
-#: Its arguments: the text that the user sees, and the exit status (2 by default).
-CommandError = _error("CommandError", "A command that cannot be done.", Exception)
+def _execute(python: str, options: Any) -> NoReturn:
+    """Go on in this process as that interpreter, which runs this program with these options."""
+    import subprocess
+
+    words = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    spec = sys.modules["__main__"].__spec__  # of python -m proj.celery
+    words += [*(["-m", spec.name] if spec else sys.argv[:1]), options.command]
+    for name, value in vars(options).items():
+        if value is not None and name not in ("command", "executable"):
+            option = "--" + name.replace("_", "-")
+            words.append(option if value is True else f"{option}={value}")
+    _flush_output()
+    try:
+        os.execv(python, [python, *words])
+    except OSError as exc:
+        raise CommandError(f"{python} cannot be run: {exc.strerror}") from None
+
+
+def _settle_in(options: Any) -> None:
+    """Take up the directory, umask, group and user of the options, which are none from then on: a
+    restart does not take them up again. CommandError if one cannot be."""
+    if options.workdir:
+        os.chdir(options.workdir)
+    given = {name: vars(options).pop(name, None) for name in ("workdir", "umask", "gid", "uid")}
+    if given["umask"] is not None:
+        os.umask(given["umask"])
+    ids: dict[str, int] = {}
+    try:
+        for name, find in (("gid", "grp:getgrnam"), ("uid", "pwd:getpwnam")):
+            text = given[name] or ""
+            if text:
+                ids[name] = int(text) if text.isdecimal() else _symbol(find)(text)[2]
+        if "uid" in ids:
+            user = _symbol("pwd:getpwuid")(ids["uid"])
+            os.initgroups(user.pw_name, ids.setdefault("gid", user.pw_gid))
+        for name in sorted(ids):  # the group first: a mere user cannot change it
+            getattr(os, f"set{name}")(ids[name])
+    except KeyError:
+        kind = "user" if name == "uid" else "group"
+        raise CommandError(f"--{name} {text}: there is no such {kind} on this machine") from None
+    except PermissionError:
+        raise CommandError("--uid and --gid need root: start it as that user instead") from None
+
+
+def _is_alive(pid: int) -> bool:
+    """Return whether there is a process of that number, anybody's, that has not ended."""
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:  # of Linux
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+
+
+def _read_pid(file: Any, exclusive: bool) -> tuple[int, bool]:
+    """Return the number in a pid file, 0 if there is none, and whether its process has locked it."""
+    file.seek(0)
+    text = file.read().strip()
+    locked = True
+    with contextlib.suppress(OSError):
+        if fcntl is not None:
+            fcntl.lockf(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        locked = False
+    return int(text) if text.isdecimal() else 0, locked
+
+
+@contextlib.contextmanager
+def _pid_file(path: str) -> Iterator[None]:
+    """Hold a pid file, locked, while the body runs; CommandError, status 73, if another does."""
+    with open(path, "a+") as file:
+        pid, locked = _read_pid(file, exclusive=True)
+        if locked or pid not in (0, os.getpid()) and _is_alive(pid):
+            text = f"Pidfile ({path}) already exists. Seems we're already running? (pid: {pid})"
+            raise CommandError(text, 73)
+        if file.tell() and pid != os.getpid():  # it has its own after a restart
+            print(f"Stale pidfile {path} exists - Removing it.", file=sys.stderr)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            _unlink(path)
+
+
+@contextlib.contextmanager
+def _daemon(options: Any) -> Iterator[None]:
+    """Run the body in the background if `detach` says so, with the pid file that `pidfile` names.
+
+    In the background there is no terminal and no parent, and stderr is `logfile`. The process in
+    the foreground ends when the pid file is there; with status 73 if it cannot be.
+    """
+    if options.detach:
+        if not hasattr(os, "fork"):
+            raise CommandError("--detach needs a platform with fork")
+        path, flags = log_path(options.logfile or os.devnull), os.O_RDWR | os.O_APPEND | os.O_CREAT
+        null, log = os.open(os.devnull, os.O_RDWR), os.open(path, flags, 0o666)
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child:
+            os.close(writer)
+            os.waitpid(child, 0)
+            os._exit(0 if os.read(reader, 1) else 73)
+        os.setsid()
+        if os.fork():  # a session's leader could take a terminal
+            os._exit(0)
+    with _pid_file(options.pidfile) if options.pidfile else contextlib.nullcontext():
+        if options.detach:
+            options.detach = None
+            for fd, target in enumerate((null, null, log)):
+                os.dup2(target, fd)
+            os.write(writer, b"!")
+            for fd in (null, log, reader, writer):
+                os.close(fd)
+        yield
+
+
+class Node:
+    """A worker of `multi`: its name, the command that starts it, and the file with its pid."""
+
+    def __init__(self, name: str, command: list[str], options: dict[str, Any]) -> None:
+        short, _, host = name.partition("@")
+        self.name, self.pid, self.status = name, 0, 0
+        self.parts = {"n": short, "N": short, "h": name, "H": host, "d": host, "p": name, "%": "%"}
+        options = {"--pidfile": "%n.pid", "--logfile": "%n%I.log", **options, "-n": name}
+        self.argv = [options.pop("--executable", sys.executable), *command]
+        for option, value in options.items():
+            options[option] = text = self.expand(value or "")
+            words = [option, text] if text else [option]
+            self.argv += ["=".join(words)] if option.startswith("--") else words
+        home = options.get("--workdir", "")
+        self.pidfile = os.path.join(home, options["--pidfile"])
+        self.logfile = os.path.join(home, options["--logfile"])
+
+    def expand(self, text: str) -> str:
+        """Put in the node's own %n, %N, %h, %H, %d and %p; %i and %I are for its processes."""
+        return re.sub("%([nNhHdp%])", lambda match: self.parts[match[1]], text)
+
+    def start(self, title: str = "> Restarting node ", verbose: bool = False) -> None:
+        """Start it, in the background, and say how that went; `status` is its exit status."""
+        import subprocess
+
+        text = f"  {' '.join(self.argv)}\n" if verbose else ""
+        print(f"{title}{self.name}: {text}", end="", flush=True)
+        for path in (self.pidfile, self.logfile):
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        self.status = subprocess.call(self.argv)
+        if self.status:
+            how = "exit code" if self.status > 0 else "signal"
+            print(f"* Child terminated with {how} {abs(self.status)}")
+        print("FAILED" if self.status else "OK", flush=True)
+
+    def say_down(self) -> None:
+        print(f"> {self.name}: DOWN")
+
+    def is_running(self) -> bool:
+        """Return whether the worker runs; CommandError if its pid file is not that of a worker."""
+        for seconds in (0.2, 0.8, 0.0):  # one that starts anew has no lock for a moment
+            if not os.path.exists(self.pidfile):
+                return False
+            with open(self.pidfile) as file:
+                self.pid, locked = _read_pid(file, exclusive=False)
+            if self.pid and (locked or not _is_alive(self.pid)):
+                return locked
+            time.sleep(seconds)
+        named = f"process {self.pid}" if self.pid else "no process"
+        text = f"{self.pidfile} names {named}, not a worker of taskq's: nothing was done"
+        raise CommandError(f"{text}. Remove the file if it is stale.", 1)
+
+
+def _multi_indexes(option: str, where: str, names: list[str]) -> Iterator[int]:
+    """Return which nodes an option is for: '2', '1-3', 'w1', 'w1@host', or more with commas."""
+    keys = [(str(number), name, name.split("@")[0]) for number, name in enumerate(names, 1)]
+    index_of = {key: index for index, several in enumerate(keys) for key in several}
+    for part in where.split(","):
+        first, _, last = (part, "", part) if part in index_of else part.partition("-")
+        found = range(index_of.get(first, len(names)), index_of.get(last, -1) + 1)
+        if not found:
+            text = f"{option}:{where}: there is no node {part}: expected numbers from 1 to "
+            raise CommandError(f"{text}{len(names)}, or names of {', '.join(names)}")
+        yield from found
+
+
+def _multi_nodes(words: list[str]) -> list[Node]:
+    """Return the nodes that `multi` is given, by names or a number, each with its options."""
+    actions = _parser("worker")._actions
+    valueless = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
+    names: list[str] = []
+    common: dict[str, Any] = {}
+    special: list[tuple[str, str, Any]] = []  # (option, for which nodes, value)
+    left = iter(words)
+    for word in left:
+        match = re.fullmatch(r"(-[^-]|--[^:=]+)(?::([^=]+))?=?(.*)", word)
+        if match is None:
+            names.append(word)
+            continue
+        option, where, value = match.groups()
+        if not value and option not in valueless:
+            value = next(left, "")
+        if where:
+            special.append((option, where, value))
+        else:
+            common[option] = value
+    host = common.pop("-n", None) or common.pop("--hostname", None) or _hostname()
+    prefix = common.pop("--range-prefix", "celery")
+    command = common.pop("--cmd", "").split() or [__file__, "worker", "--detach"]
+    if len(names) == 1 and names[0].isdecimal():
+        names = [f"{prefix}{number}" for number in range(1, int(names[0]) + 1)]
+    if not names:
+        raise CommandError("which nodes? Name them, as in multi start w1 w2, or say how many")
+    here = f"{host.partition('.')[0]}@{host}"
+    names = [node_format(name if "@" in name else f"{name}@{host}", here) for name in names]
+    own = [dict(common) for _ in names]
+    for option, where, value in special:
+        for index in _multi_indexes(option, where, names):
+            own[index][option] = value
+    return [Node(name, command, mine) for name, mine in zip(names, own)]
+
+
+def _stop_nodes(nodes: list[Node], signum: signal.Signals, wait: bool, down: Any) -> None:
+    """Send nodes a signal, wait perhaps for their end, and call `down` with each that is down."""
+    running = [node for node in nodes if node.is_running()]
+    for node in nodes:
+        if node not in running:
+            down(node)
+    if running:
+        print("> Stopping nodes...")
+    for node in running:
+        print(f"\t> {node.name}: {signum.name[3:]} -> {node.pid}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(node.pid, signum)
+    while wait and running:
+        pids = ", ".join(str(node.pid) for node in running)
+        print(f"> Waiting for {_plural(len(running), 'node')} -> {pids}...", end="", flush=True)
+        while all(_is_alive(node.pid) for node in running):
+            print(".", end="", flush=True)
+            time.sleep(0.2)
+        ended = next(node for node in running if not _is_alive(node.pid))
+        running.remove(ended)
+        print(f"\n\t> {ended.name}: OK")
+        down(ended)
+
+
+def _multi_command(_: Any, options: Any) -> int:
+    """Do what the words after `multi` say; what it says of it is what Celery's multi says."""
+    flags = {"--quiet", "-q", "--verbose", "--nosplash", "--no-color", "-C"} & {*options.words}
+    signals = {f"-{word}": s for s in signal.Signals for word in (s.name, s.name[3:], s.value)}
+    signum = next((signals[word] for word in options.words if word in signals), signal.SIGTERM)
+    words = [word for word in options.words if word not in flags and word not in signals]
+    command = words.pop(0) if words else ""
+    commands = "start stop stopwait stop_verify restart kill names show expand get".split()
+    if command not in commands:
+        hint = _hint(command, commands, 0.5) or "."
+        raise CommandError(f"no command {command!r} of multi{hint} They are {_names(commands)}", 1)
+    given = words.pop(0) if command in ("expand", "get") and words else ""
+    nodes = _multi_nodes(words)
+    texts = {
+        "names": [node.name for node in nodes],
+        "show": [" ".join(node.argv) for node in nodes],
+        "expand": [node.expand(given) for node in nodes],
+        "get": [" ".join(node.argv[1:]) for node in nodes if node.name == given],
+    }
+    if command in texts:
+        print(*texts[command], sep="\n")
+        return int(not texts[command])
+    quiet = contextlib.redirect_stdout(None) if {"--quiet", "-q"} & flags else None
+    with quiet or contextlib.nullcontext():
+        if "--nosplash" not in flags:
+            print(f"taskq multi v{__version__}")
+        if command == "start":
+            print("> Starting nodes...")
+            for node in nodes:
+                node.start("\t> ", "--verbose" in flags)
+        elif command == "kill":
+            for node in nodes:
+                if node.is_running():
+                    print(f"Sending KILL to node {node.name} ({node.pid})")
+                    os.kill(node.pid, signal.SIGKILL)
+                else:
+                    node.say_down()
+        else:
+            down = Node.start if command == "restart" else Node.say_down
+            _stop_nodes(nodes, signum, command != "stop", down)
+    return int(any(node.status for node in nodes))
+
+
+# ---------------------------------------------------------------------------------------------
+# 19. Monitors
+# ---------------------------------------------------------------------------------------------
+
+_WORKER_WORDS = {"online": "started", "offline": "shutdown", "heartbeat": "heartbeat"}
+
+
+def _dump_events(app: TaskQ) -> None:
+    """Print events for ever, each on a line as Celery does."""
+    state = State()  # for what tasks are called
+
+    def show(event: dict[str, Any]) -> None:
+        state.event(event)
+        (kind, _, what), id = event["type"].partition("-"), event.get("uuid", "")
+        said, hidden = f"{kind} {what}:".replace("-", " "), ["type", "timestamp", "hostname"]
+        if kind == "worker":
+            said = f"{_WORKER_WORDS.get(what, what)}:"
+        elif kind == "task":
+            task, hidden = state.tasks[id], [*hidden, "uuid", "name", "args", "kwargs"]
+            known = f"{task.name}({id}) args={task.args} kwargs={task.kwargs}"
+            said += f" {known if task.name else ''}"
+        more = ", ".join(f"{name}={event[name]}" for name in sorted(event.keys() - hidden))
+        when = datetime.fromtimestamp(event["timestamp"], timezone.utc)
+        print(f"{event['hostname']} [{when}] {said} {more}", flush=True)
+
+    while True:
+        print("-> evdump: starting capture...", flush=True)
+        try:
+            EventReceiver(handlers={"*": show}, app=app).capture()
+        except OperationalError as exc:
+            print(f"-> Connection lost, attempting reconnect: {exc}", flush=True)
+            time.sleep(1.0)
+
+
+def _pairs(values: Any) -> list[str]:
+    return [f"{name}: {value}" for name, value in values.items()]
+
+
+#: What keys show of the selected task: a title, and the lines below it.
+_TASK_PAGES: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
+    "i": ("Task details", lambda task: _pairs(task.info(extra=["state"]))),
+    "e": ("Task arguments", lambda task: _pairs(task.info(["args", "kwargs"]))),
+    "r": ("Task result", lambda task: [str(task.result or task.exception)]),
+    "t": ("Task exception traceback", lambda task: (task.traceback or "").splitlines()),
+}
+
+
+class EventScreen:
+    """The screen of the command `events`: the latest tasks, the selected one, and the workers.
+
+    One thread hands events to `state` and keys to `press`, and draws.
+    """
+
+    COLUMNS, LINES = 60, 14  # the fewest
+    KEYS = "j:down k:up i:info t:trace r:result e:args w:workers c:revoke l:limit q:quit"
+
+    def __init__(self, app: TaskQ, window: Any) -> None:
+        import curses
+
+        self.app, self.window, self.curses, self.state = app, window, curses, State()
+        self.shown: list[str] = []  # the ids of the tasks on the screen
+        self.selected = ""  # the id of one of them
+        self.page: list[str] = []  # a title and lines, until a key is pressed
+        self.running = True
+
+    def run(self) -> None:
+        """Show what happens until a key ends it."""
+        self.window.nodelay(True)
+        drawn, receiver = 0.0, EventReceiver(handlers={"*": self.state.event}, app=self.app)
+        for came in receiver.looks(0.05):
+            key, now = self.window.getch(), time.monotonic()
+            if key in (self.curses.KEY_RESIZE, 12):  # ^L: something has spoilt the screen
+                self.window.clearok(True)
+            elif key != -1:
+                self.press(key)
+            if not self.running:
+                return
+            if key != -1 or now - drawn > (0.1 if came else 0.5):
+                self.draw()
+                drawn = now
+
+    def press(self, number: int) -> None:
+        """Do what a key asks for."""
+        curses, control = self.curses, self.app.control
+        names = {curses.KEY_DOWN: "j", curses.KEY_UP: "k", 10: "i"}
+        key, task = names.get(number, chr(number).lower()), self.state.tasks.get(self.selected)
+        if self.page:
+            self.page = []
+        elif key == "q":
+            self.running = False
+        elif key == "w":
+            about = "{0.hostname}: alive={0.alive} active={0.active} processed={0.processed}"
+            self.page = ["Workers", *map(about.format, self.state.workers.values())]
+        elif key in ("j", "k") and self.shown:
+            at = self.shown.index(self.selected) if self.selected in self.shown else None
+            step = 1 if key == "j" else -1
+            self.selected = self.shown[0 if at is None else (at + step) % len(self.shown)]
+        elif task is None:
+            curses.beep()
+        elif key == "c":
+            self.show_replies(control.revoke(task.uuid, reply=True))
+        elif key == "l" and task.name:
+            limit = self.ask("New rate limit: ")
+            self.show_replies(control.rate_limit(task.name, limit, reply=True))
+        elif key in _TASK_PAGES:
+            title, lines = _TASK_PAGES[key]
+            self.page = [f"{title} for {task.uuid}", *lines(task)]
+
+    def ask(self, question: str) -> str:
+        """Return a line that is typed at the bottom of the screen."""
+        self.window.addstr(self.window.getmaxyx()[0] - 1, 0, question)
+        self.window.clrtoeol()
+        self.window.nodelay(False)
+        self.curses.echo()
+        text = self.window.getstr().decode(errors="replace")
+        self.curses.noecho()
+        self.window.nodelay(True)
+        return text.strip()
+
+    def show_replies(self, replies: Any) -> None:
+        """Show what workers have answered."""
+        answers = {host: answer for reply in replies or () for host, answer in reply.items()}
+        self.page = ["Replies", *(_pairs(answers) or ["No replies received in 1s deadline."])]
+
+    def draw(self) -> None:
+        """Show the state, or the page that was asked for."""
+        height, width = self.window.getmaxyx()
+        if width < self.COLUMNS or height < self.LINES:
+            lines = [f"too small: it needs {self.COLUMNS} x {self.LINES}"]
+        elif self.page:
+            wrap = _symbol("textwrap:wrap")
+            lines = [part for line in self.page for part in wrap(line, width - 1) or [""]]
+            lines = [*lines[: height - 1], "Press any key to continue..."]
+        else:
+            lines = self.overview(height, width)
+        self.window.erase()
+        for y, line in enumerate(lines):
+            shown = "".join(c if c.isprintable() else "?" for c in line)
+            style = self.curses.A_STANDOUT if line.startswith(">") else 0
+            self.window.addnstr(y, 0, shown, width - 1, style)
+        self.window.refresh()
+
+    def overview(self, height: int, width: int) -> list[str]:
+        """Return a line for each task, > before the selected one, and at the bottom what is known
+        of that, the workers, counts and keys."""
+        state, third = self.state, (width - 22) // 3
+        row = (
+            f"{{}}{{:<{third}.{third}}} {{:<{third}.{third}}} {{:<{third}.{third}}} {{:8}} {{:8.8}}"
+        )
+        lines = [row.format(" ", "UUID", "WORKER", "TASK", "TIME", "STATE")]
+        tasks = list(state.tasks_by_time(height - 6))
+        self.shown = [id for id, _ in tasks]
+        for id, task in tasks:
+            host = task.worker.hostname if task.worker else "*NONE*"
+            when = time.strftime("%H:%M:%S", time.gmtime(task.timestamp))
+            mark = ">" if id == self.selected else " "
+            lines.append(row.format(mark, id, host, task.name or "?", when, task.state))
+        chosen, alive = state.tasks.get(self.selected), [w.hostname for w in state.alive_workers()]
+        about = " ".join(f"{k}={v}" for k, v in chosen.info().items()) if chosen else ""
+        counts = f"tasks:{state.task_count} workers:{len(alive)}/{len(state.workers)}"
+        return [
+            *lines,
+            *[""] * (height - 5 - len(lines)),
+            "-" * width,
+            f"Selected: {about}" if chosen else "No task selected",
+            f"Workers online: {', '.join(sorted(alive))}" if alive else "No workers discovered.",
+            f"Info: taskq {__version__} events:{state.event_count} {counts}",
+            self.KEYS,
+        ]
+
+
+def _events_command(app: TaskQ, options: Any) -> None:
+    """Print events or show the screen, until interrupted."""
+    with contextlib.suppress(KeyboardInterrupt):
+        if options.dump:
+            _dump_events(app)
+        try:
+            curses = importlib.import_module("curses")
+            curses.setupterm()
+            if not (curses.tigetstr("cup") and sys.stdin.isatty() and sys.stdout.isatty()):
+                raise ValueError("this is none, or it cannot place text")
+        except Exception as exc:  # also if there is no such module, or the terminal is not known
+            raise CommandError(f"the screen needs a terminal: {exc}; use events --dump") from None
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the terminal must be put right
+        curses.wrapper(lambda window: EventScreen(app, window).run())
+
+
+# ---------------------------------------------------------------------------------------------
+# 20. Command line
+# ---------------------------------------------------------------------------------------------
+
+
 #: Its argument: the module, another import of this file, that the app belongs to and that must run.
 _OtherCopy = _error("_OtherCopy", "The app is not of this copy of taskq.", Exception)
 
@@ -6969,10 +8727,10 @@ def _discover_app() -> TaskQ:
             found.setdefault(app, module)
     if len(found) == 1:
         return next(iter(found))
-    why = f"there are {len(found)} apps here, in {_names(found.values())}; say which:"
-    if not found:
-        why = f"no app was found in {os.getcwd()} (looked at: {', '.join(looked or places)}). "
-        why += "Name the module that makes it:"
+    why = f"no app was found in {os.getcwd()} (looked at: {', '.join(looked or places)}). "
+    why += "Name the module that makes it:"
+    if found:
+        why = f"there are {len(found)} apps here, in {_names(found.values())}; say which:"
     module = next(iter(found.values()), "MODULE")
     raise CommandError(f"{why}\n    python {os.path.basename(__file__)} -A {module} worker")
 
@@ -6989,16 +8747,15 @@ def _configured_app(options: Any, app: TaskQ | None) -> TaskQ:
         # they get this one, unless the other one is there already and has an app of that name.
         main = sys.modules["__main__"]
         names = [name for name, value in vars(main).items() if value is app]
-        module = sys.modules.setdefault(_main_module() or "__main__", main)
+        module = sys.modules.setdefault(_origin()[1] or "__main__", main)
         app = getattr(module, names[0], app) if names else app
     elif options.broker and options.command != "worker":
         app = TaskQ("default")
     else:
         app = _discover_app()
     app.set_current()
-    for option in ("broker", "result_backend"):
-        if getattr(options, option):
-            app.conf[_OPTION_SETTINGS[option]] = getattr(options, option)
+    given = {"broker_url": options.broker, "result_backend": options.result_backend}
+    app.conf.update({name: value for name, value in given.items() if value})
     return app
 
 
@@ -7010,50 +8767,15 @@ def _worker_command(app: TaskQ, options: Any) -> int:
     options.logfile = worker.log_options["logfile"]
     if options.pidfile:
         options.pidfile = os.path.abspath(node_format(options.pidfile, worker.hostname))
-        _check_pidfile(options.pidfile)
     if options.detach:
         worker.check()  # what cannot be started is said while there is a terminal
-        if options.logfile:
-            open(options.logfile, "ab").close()
         app.close()
-        _detach()
-    with contextlib.ExitStack() as stack:
-        if options.pidfile:
-            with open(options.pidfile, "w") as file:
-                file.write(f"{os.getpid()}\n")
-            stack.callback(_unlink, options.pidfile)
-        return worker.start()
-
-
-def _check_pidfile(path: str) -> None:
-    """Raise CommandError if a living process holds the pid file; a stale one is removed."""
-    try:
-        with open(path) as file:
-            pid = int(file.read())
-        with contextlib.suppress(PermissionError):  # it lives, and is somebody else's
-            os.kill(pid, 0)
-    except FileNotFoundError:
-        pass
-    except (ValueError, ProcessLookupError):
-        print(f"Stale pidfile {path} exists - Removing it.", file=sys.stderr)
-        _unlink(path)
-    else:
-        text = f"Pidfile ({path}) already exists. Seems we're already running? (pid: {pid})"
-        raise CommandError(text, 73)
-
-
-def _detach() -> None:
-    """Go into the background: no terminal, no parent, standard streams to nowhere."""
-    if not hasattr(os, "fork"):
-        raise CommandError("--detach needs a platform with fork")
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    if os.fork():  # a session's leader could take a terminal
-        os._exit(0)
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
+    with _daemon(options):
+        status = worker.start()
+        if worker.restarting:
+            options.purge = None
+            _execute(sys.executable, options)
+    return status
 
 
 def _call_command(app: TaskQ, options: Any) -> None:
@@ -7068,13 +8790,11 @@ def _call_command(app: TaskQ, options: Any) -> None:
 
 
 def _from_json(text: str, kind: type) -> Any:
-    try:
+    with contextlib.suppress(ValueError):
         value = json.loads(text)
-    except ValueError as exc:
-        raise CommandError(f"{text!r} is not JSON: {exc}") from None
-    if not isinstance(value, kind):
-        raise CommandError(f"{text!r}: expected a JSON {'array' if kind is list else 'object'}")
-    return value
+        if isinstance(value, kind):
+            return value
+    raise CommandError(f"{text!r}: expected a JSON {'array' if kind is list else 'object'}")
 
 
 def _result_command(app: TaskQ, options: Any) -> None:
@@ -7088,9 +8808,8 @@ def _purge_command(app: TaskQ, options: Any) -> int:
     if not names:
         return 0
     if not options.force:
-        queues = f"queue{'s' * (len(names) > 1)}: {', '.join(sorted(names))}"
-        print(f"WARNING: This will remove all tasks from {queues}.\n"
-              "         There is no undo for this operation!\n\n"
+        print(f"WARNING: This will remove all tasks from queue{'s' * (len(names) > 1)}: "
+              f"{', '.join(sorted(names))}.\n         There is no undo for this operation!\n\n"
               "(to skip this prompt use the -f option)\n"
               "Are you sure you want to delete all tasks? [y/N]: ", end="", flush=True)  # fmt: skip
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
@@ -7127,9 +8846,6 @@ def _demo_command(_: Any, options: Any) -> int:
         text = Path(path).read_bytes()
         return [text.count(b"\n"), len(text.split())]
 
-    start = time.monotonic()
-    plain = list(map(count, paths))
-    alone = time.monotonic() - start
     with _symbol("tempfile:TemporaryDirectory")(prefix="taskq-demo-") as folder:
         app = TaskQ("demo", broker=f"sqlite:///{folder}/demo.db", set_as_current=False)
         task = app.task(name="demo.count")(count)
@@ -7141,21 +8857,24 @@ def _demo_command(_: Any, options: Any) -> int:
             results = [task.delay(path) for path in paths]
             sent = time.monotonic() - start
             counted: list[Any] = []
-            for result in results:
+            for number, result in enumerate(results, 1):
                 counted.append(result.get(timeout=60))
-                if len(counted) % 200 == 0 or len(counted) == len(paths):
-                    print(f"{len(counted)}/{len(paths)}", flush=True)
+                if number % 200 == 0 or number == len(paths):
+                    print(f"{number}/{len(paths)}", flush=True)
             total = time.monotonic() - start
         app.close()
-    wrong = sum(a != b for a, b in zip(plain, counted))
+    wrong = sum(count(path) != found for path, found in zip(paths, counted))
     lines, words = map(sum, zip(*counted))
     print(
         f"\n{lines:,} lines, {words:,} words; a plain loop agrees on all but {wrong} files\n"
         f"tasks:      {len(paths)} in {total:.2f} s, {len(paths) / total:,.0f} a second\n"
-        f"of that:    {sent:.2f} s to send them all, and {total - sent:.2f} s until all had run\n"
-        f"plain loop: {alone:.2f} s in one process, the counting itself"
+        f"of that:    {sent:.2f} s to send them all, and {total - sent:.2f} s until all had run"
     )
     return int(wrong > 0)
+
+
+def mask(text: str) -> int:
+    return int(text, 8 if text.startswith("0") else 10)
 
 
 _COMMON_OPTIONS = """
@@ -7168,20 +8887,40 @@ _COMMON_OPTIONS = """
     --version                  print the version
 """
 
+_DAEMON_OPTIONS = """
+    -D --detach                run in the background
+    -f --logfile=PATH          where the log goes; stderr by default
+    --pidfile=PATH             file for the process id
+    --uid=USER                 user to become, a name or number; this needs root
+    --gid=GROUP                the same for the group; the user's by default
+    --umask=MASK               octal if it begins with 0, as 022
+    --executable=PATH          the Python to run it with
+"""
+
 #: What becomes of an option's VALUE.
 _TYPES: dict[str, Callable[[str], Any]] = {
     "SECONDS": float,
     "INTEGER": int,
+    "MASK": mask,
     "ARRAY": functools.partial(_from_json, kind=list),
     "OBJECT": functools.partial(_from_json, kind=dict),
 }
+
+_REMOTE_OPTIONS = """
+    -t --timeout=SECONDS       how long to wait for a reply; 1 by default
+    -d --destination=NODES     names of nodes, with commas; all by default
+    -j --json                  print the replies as JSON
+"""
+_ASK_OPTIONS = f"""{_REMOTE_OPTIONS}
+    words...                   COMMAND and its arguments: see below
+    --list                     list the commands, with the app's own
+"""
 
 #: Commands by name: the function that runs it with an app (None: it has its own) and the options,
 #: what it does, and its options: their names, =VALUE if they take one, and what they mean.
 _COMMANDS: dict[str, tuple[Callable[[Any, Any], int | None], str, str]] = {
     "worker": (_worker_command, "Start a worker.", """
     -n --hostname=NAME         node name; %h is the host, %n its first part, %d its domain
-    -D --detach                run in the background
     -l -L --loglevel=DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL
     -O --optimization=default|fair  accepted: it is always fair
     --prefetch-multiplier=INTEGER  messages to hold for each process
@@ -7197,11 +8936,20 @@ _COMMANDS: dict[str, tuple[Callable[[Any, Any], int | None], str, str]] = {
     -Q --queues=NAMES          queues to serve, with commas
     -X --exclude-queues=NAMES  queues not to serve, with commas
     -I --include=MODULES       more modules to import, with commas
-    -f --logfile=PATH          where the log goes; stderr by default
-    --pidfile=PATH             file for the process id
-    --without-gossip --without-mingle --without-heartbeat  accepted: there are none
-    --heartbeat-interval=INTEGER  accepted: there is no heartbeat
-    """),
+    --autoscale=MAX,MIN        have between MIN and MAX processes, as there is work
+    -E --task-events --events  send events of tasks
+    -B --beat                  send periodic tasks, too
+    -s --schedule-filename --schedule=PATH  where -B keeps its last runs
+    -S --statedb=PATH          where revokes survive a restart; SQLite needs none
+    --without-heartbeat        send no heartbeats
+    --heartbeat-interval=INTEGER  seconds between heartbeats; 2 by default
+    --without-gossip --without-mingle  accepted: there are none
+    """ + _DAEMON_OPTIONS),
+    "beat": (_beat_command, "Send periodic tasks when they are due.", """
+    -s --schedule=PATH         file that keeps the last runs, too
+    --max-interval=INTEGER     most seconds between two looks; 300 by default
+    -l -L --loglevel=DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL
+    """ + _DAEMON_OPTIONS),
     "call": (_call_command, "Call a task by name and print its id.", """
     name                       name of the task
     -a --args=ARRAY            positional arguments, in JSON
@@ -7224,16 +8972,28 @@ _COMMANDS: dict[str, tuple[Callable[[Any, Any], int | None], str, str]] = {
     -Q --queues=NAMES          queues to purge, with commas
     -X --exclude-queues=NAMES  queues not to purge, with commas
     """),
+    "events": (_events_command, "Show workers and tasks as their events tell of them.", """
+    -d --dump                  print the events instead, a line each
+    """),
+    "inspect": (_remote_command, "Ask workers how they are.", _ASK_OPTIONS),
+    "control": (_remote_command, "Change what workers do.", _ASK_OPTIONS),
+    "status": (_remote_command, "Show which workers are online.", _REMOTE_OPTIONS),
     "report": (lambda app, _: print(bugreport(app)), "Print what a bug report should name.", ""),
+    "multi": (_multi_command, "Start, stop and restart several workers.", """
+    command                    start stop stopwait stop_verify restart kill names show expand get
+    nodes                      names or a number; then the worker's options, as -c 3 -c:1-2,w5 9
+    --pidfile=PATH             %n.pid by default
+    --logfile=PATH             %n%I.log by default
+    --cmd=WORDS                what to run instead of `taskq.py worker --detach`
+    --range-prefix=NAME        how the names of counted nodes begin; celery by default
+    --nosplash                 say less
+    --verbose                  say more
+    """),
     "demo": (_demo_command, "Run a worker on some real work, in a temporary file.", ""),
 }  # fmt: skip
 
-#: Commands, and options of the worker, that Celery has and this version not; they fail by name.
-_LATER = (
-    "amqp beat control events graph inspect list logtool migrate multi shell status upgrade "
-    "-E --task-events --events -B --beat -S --statedb -s --schedule-filename --schedule "
-    "--scheduler --autoscale --uid --gid --umask --executable".split()
-)
+#: Commands that Celery has and taskq not.
+_LEFT_OUT = "amqp graph list logtool migrate shell upgrade".split()
 
 
 def _parser(command: str = "") -> Any:
@@ -7244,6 +9004,7 @@ def _parser(command: str = "") -> Any:
     parser = argparse.ArgumentParser(
         prog=f"taskq {command}".strip(), description=summary, allow_abbrev=False,
         add_help=bool(command), formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=command_list(command) if command in ("inspect", "control") else None,
     )  # fmt: skip
 
     def fail(text: str) -> NoReturn:
@@ -7254,7 +9015,9 @@ def _parser(command: str = "") -> Any:
         flags, _, meaning = line.partition("  ")
         flags, _, value = flags.partition("=")
         more: dict[str, Any] = {"help": meaning.strip().replace("%", "%%")}
-        if "|" in value:
+        if flags.endswith("..."):
+            flags, more["nargs"] = flags[:-3], "*"
+        elif "|" in value:
             more.update(choices=value.split("|"), type=str.upper if value.isupper() else str)
         elif value:
             more.update(metavar=value, type=_TYPES.get(value, str))
@@ -7277,16 +9040,17 @@ def _parse(argv: Sequence[str]) -> Any:
         common.epilog = "commands:\n" + "\n".join(lines)
         common.print_help()
         sys.exit(0)
-    if command in _LATER:
+    if command in _LEFT_OUT:
         raise CommandError(f"the command {command!r} is not available in taskq {__version__}")
+    if command == "multi" and not {"-h", "--help"}.intersection(words):
+        at = argv.index("multi")
+        words = [*argv[at + 1 :], *argv[:at]]  # all of them are for the nodes
+        return types.SimpleNamespace(command="multi", workdir=None, words=words)
     if command not in _COMMANDS:
         hint = _hint(command, _COMMANDS, 0.5) or "."
         raise CommandError(f"no command {command!r}{hint} The commands are {_names(_COMMANDS)}.")
-    later = {word.partition("=")[0] for word in words}.intersection(_LATER)
-    if command == "worker" and later:
-        raise CommandError(f"{min(later)} is not available in taskq {__version__}")
     options.command = command
-    return _parser(command).parse_args(words, options)
+    return _parser(command).parse_intermixed_args(words, options)
 
 
 def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
@@ -7296,10 +9060,11 @@ def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
     try:
         try:
             options = _parse(given)
-            if options.workdir:
-                os.chdir(options.workdir)
+            if getattr(options, "executable", None):
+                _execute(options.executable, options)
+            _settle_in(options)
             _patch_greenlets(getattr(options, "pool", None))  # before the app's modules come
-            app = None if options.command == "demo" else _configured_app(options, app)
+            app = None if options.command in ("demo", "multi") else _configured_app(options, app)
             return _COMMANDS[options.command][0](app, options) or 0
         finally:
             sys.stdout.flush()
@@ -7311,9 +9076,9 @@ def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as exc:
-        if exc.filename not in filter(None, vars(options).values()):
+        if options.command != "multi" and exc.filename not in filter(None, vars(options).values()):
             raise  # not of a path that the command line names
-        text, status = f"{exc.filename}: {exc.strerror}", 1
+        text, status = f"{exc.filename or options.command}: {exc.strerror}", 1
     except CommandError as exc:
         text, status = (*exc.args, 2)[:2]
     except (CeleryError, OperationalError, EncodeError) as exc:
@@ -7323,7 +9088,7 @@ def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
 
 
 # ---------------------------------------------------------------------------------------------
-# 15. Public names
+# 21. Public names
 # ---------------------------------------------------------------------------------------------
 
 
@@ -7332,7 +9097,8 @@ def _publish_submodules() -> None:
     holds all of this file's own names."""
     public = {k: v for k, v in globals().items() if k[0] != "_" and type(v) is not type(sys)}
     public.update(gen_unique_id=uuid, get_logger=logging.getLogger)
-    for path in "exceptions states signals result canvas schedules utils utils.log".split():
+    paths = "exceptions states signals result canvas schedules events utils utils.log worker"
+    for path in [*paths.split(), "worker.control"]:
         module = types.ModuleType(f"{__name__}.{path}", f"{path}: see {__name__}.")
         module.__dict__.update(public)
         sys.modules[module.__name__] = module
