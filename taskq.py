@@ -364,10 +364,8 @@ def _json_decode(text: str | bytes) -> Any:
 
 
 def serialize(value: Any, serializer: str = "json") -> tuple[str, str, str]:
-    """Return (content type, content encoding, text): 'application/json', 'utf-8', '[1,2]'.
-
-    Pickle comes as base64. Raises EncodeError for what cannot be written, or an unknown serializer.
-    """
+    """Return (content type, content encoding, text), 'application/json', 'utf-8', '[1,2]', pickle
+    as base64; EncodeError for what cannot be written, or an unknown serializer."""
     if serializer not in CONTENT_TYPES:
         raise EncodeError(f"unknown serializer {serializer!r}: taskq has {_names(CONTENT_TYPES)}")
     try:
@@ -541,6 +539,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_limit(value: Any) -> bool:
+    return value is None or _is_number(value) and 0 <= value < 1e9
+
+
 def _zone(value: Any) -> Any:
     """Return the tzinfo of a setting: a name, a tzinfo, or None for UTC."""
     if value in (None, "UTC", "utc"):
@@ -560,45 +562,73 @@ def _rate(limit: Any) -> float:
     raise ValueError(f"rate limit {limit!r}: expected '10/m', '5/s', '100/h' or a number a second")
 
 
+def _log_level(level: int | str) -> int:
+    """Return the number of a level, 20 or 'info'; ValueError if there is none of that name."""
+    number = level if isinstance(level, int) else logging.getLevelName(level.upper())
+    if not isinstance(number, int):
+        raise ValueError(f"log level {level!r}: expected a number or a name such as 'INFO'")
+    return number
+
+
 _POOLS = ("prefork", "processes", "threads", "gevent", "eventlet", "solo")
-_CONTENT = {*CONTENT_TYPES, *_SERIALIZERS}
-_ARE_FLAGS = "|".join(name for name, (default, _) in SETTINGS.items() if isinstance(default, bool))
+_FLAGS = [name for name, (default, _) in SETTINGS.items() if isinstance(default, bool)]
+_FLAGS += ["task_acks_on_(failure|timeout)", "task_reject_on_worker_lost", "worker_log_color"]
 
 #: Patterns of settings' names, a test that returns False or fails for bad values, what it means.
 _VALUES: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
-    (_ARE_FLAGS, lambda value: isinstance(value, int), "True or False"),
-    ("timezone", _zone, "a name such as 'UTC' or 'Europe/Oslo'"),
+    ("|".join(_FLAGS), {True, False}.__contains__, "True or False"),
+    ("timezone", lambda v: datetime.now(_zone(v)), "a name such as 'UTC' or 'Europe/Oslo'"),
     (".*_serializer", CONTENT_TYPES.__contains__, f"one of {_names(CONTENT_TYPES)}"),
-    (".*accept.*", _CONTENT.issuperset, f"a list of {_names(CONTENT_TYPES)}"),
+    (
+        ".*accept.*",
+        {*CONTENT_TYPES, *_SERIALIZERS}.issuperset,
+        f"a list of {_names(CONTENT_TYPES)}",
+    ),
     (".*_type", ("direct", "topic", "fanout").__contains__, "'direct', 'topic' or 'fanout'"),
     ("worker_pool", _POOLS.__contains__, _names(_POOLS)),
     (".*_start_method", ("fork", "spawn").__contains__, "'fork' and 'spawn'"),
-    ("task_queues", lambda value: not isinstance(value, str), "a list of names or Queue objects"),
-    (".*_expires", lambda v: isinstance(v, timedelta) or _is_number(v), "seconds or a timedelta"),
-    (".*_time_limit|(redis|beat)_.*(timeout|interval|deadline)", _is_number, "seconds"),
-    (".*_(use_ssl|options|schedule)", lambda v: not v or isinstance(v, dict), "a dict"),
+    (
+        "task_queues",
+        lambda v: not isinstance(v, str) and iter(v),
+        "a list of names or Queue objects",
+    ),
+    ("task_routes", lambda v: callable(v) or iter(v), "a dict, a list, a function or its name"),
+    ("imports|include", "".join, "names of modules"),
+    ("broker_url|result_backend", "".join, "a URL"),
+    (".*_expires", lambda v: isinstance(v, timedelta) or _is_limit(v), "seconds or a timedelta"),
+    (".*_time_limit|(redis|beat)_.*(timeout|interval|deadline)", _is_limit, "seconds"),
+    (
+        ".*_(use_ssl|options|schedule|policy|annotations)",
+        lambda v: isinstance(v or {}, dict),
+        "a dict",
+    ),
     (".*_rate_limit", _rate, "'10/m', '5/s', '100/h' or a number a second"),
-    (".*(_per_child|_multiplier)", lambda v: _is_number(v) and v >= 0, "a number"),
+    (".*(_per_child|_multiplier)", _is_limit, "a number from 0 on"),
+    (".*_priority", range(10).__contains__, "0 (highest) to 9"),
+    (".*_level", _log_level, "a name such as 'INFO', or a number"),
+    (".*_(exchange|queue|key|prefix|format|db|filename)", str.encode, "text"),
 )
 
-#: The same of what Celery has and taskq does not: to ask for it is an error, not a surprise. (What
-#: else Celery has tunes what is not there: it is kept like an app's own settings.)
-_ABSENT: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
-    (
-        "((arangodb|azureblockblob|cache_backend|cassandra|cosmosdbsql|couchbase|database|gcs|"
-        "elasticsearch|mongodb|s3|redis_(host|port|db|username|password)|"
-        "broker_(host|port|user|password|vhost|transport))(_.*)?)|security_.*|"
-        "broker_((read|write)_url|failover_strategy)|beat_enable_remote_control|"
-        "(task|result)_compression|task_(remote_tracebacks|retry_on_worker_lost|stamps)|"
-        "worker_(direct|pool_restarts|deduplicate_successful_tasks|soft_shutdown_timeout)",
-        lambda value: not value,
-        "nothing: taskq does not have it",
-    ),
-    ("beat_scheduler", {"celery.beat:PersistentScheduler"}.__contains__, "to be left out"),
-    ("enable_utc", {True}.__contains__, "True"),
-    ("task_(default|create_missing)_queue_type", {"classic"}.__contains__, "'classic'"),
-    ("task_protocol", {2}.__contains__, "2"),
+#: What Celery has and taskq does not: to ask for it is an error, not a surprise. (What else Celery
+#: has tunes what is not there: it is kept like an app's own settings.)
+_ABSENT = (
+    "((arangodb|azureblockblob|cache_backend|cassandra|cosmosdbsql|couchbase|database|gcs|"
+    "elasticsearch|mongodb|s3|redis_(host|port|db|username|password)|"
+    "broker_(host|port|user|password|vhost|transport))(_.*)?)|security_.*|"
+    "broker_((read|write)_url|failover_strategy)|beat_enable_remote_control|"
+    "(task|result)_compression|task_(remote_tracebacks|retry_on_worker_lost|stamps)|"
+    "task_create_missing_queue_exchange_type|worker_(direct|pool_restarts|"
+    "deduplicate_successful_tasks|.*soft_shutdown.*|agent|autoscaler|consumer|timer|.*datefmt)"
 )
+#: The same, of which there is one value.
+_FIXED = {
+    "beat_scheduler": "celery.beat:PersistentScheduler",
+    "enable_utc": True,
+    "event_serializer": "json",
+    "task_create_missing_queue_type": "classic",
+    "task_default_queue_type": "classic",
+    "task_protocol": 2,
+}
 
 
 def _hint(name: str, known: Iterable[str], cutoff: float = 0.84) -> str:
@@ -612,10 +642,10 @@ def _hint(name: str, known: Iterable[str], cutoff: float = 0.84) -> str:
 class Settings(dict):
     """An app's settings, by key or by attribute: `app.conf.timezone = 'UTC'`.
 
-    All of SETTINGS are there with their defaults. Own names are kept; one that is close to a
-    known name, and a setting of Celery that taskq cannot honour, is an ImproperlyConfigured.
-    `changed` has those that were set, `loaded` their names where a configuration source did that;
-    `made` is anew for what is made of them after each change.
+    All of SETTINGS are there with their defaults. Own names are kept; one that is close to a known
+    name, and a setting of Celery that taskq cannot honour, is an ImproperlyConfigured. `changed`
+    has what was set, `loaded` the names of what a configuration source set; `made`, for what is
+    made of them, is emptied by each change.
     """
 
     def __init__(self) -> None:
@@ -650,28 +680,31 @@ class Settings(dict):
 
     def _check(self, name: str, value: Any) -> None:
         """Raise ImproperlyConfigured for a setting that cannot be, or cannot have this value."""
-        is_known = name in SETTINGS
-        if is_known and (value is None or value == SETTINGS[name][0]):
-            return
-        for names, test, expected in _VALUES if is_known else _ABSENT:
-            if re.fullmatch(names, name):
-                with contextlib.suppress(Exception):
-                    if test(value) is not False:
-                        return
-                given = f"setting {name!r} = {_repr(value, 60)}"
-                raise ImproperlyConfigured(f"{given}: expected {expected}")
-        old = re.sub("^celeryd?_", "", name.lower()) if name.isupper() else ""
-        todays = (n for n in SETTINGS if old in (n, re.sub("^(task|worker|result)_", "", n)))
-        hint = "" if is_known else _hint(next(todays, name), SETTINGS)
-        if hint:
-            raise ImproperlyConfigured(f"unknown setting {name!r}{hint}")
+        expected = ""
+        if name in SETTINGS:
+            rows = (row[1:] for row in _VALUES if re.fullmatch(row[0], name))
+            test, expected = next(rows, (bool, ""))
+            with contextlib.suppress(Exception):
+                if value in (None, SETTINGS[name][0]) or test(value) is not False:
+                    return
+        elif name in _FIXED:
+            expected = repr(_FIXED[name]) if value != _FIXED[name] else ""
+        elif re.fullmatch(_ABSENT, name):
+            expected = "it to be left out: taskq does not have it" if value else ""
+        else:
+            old = re.sub("^celery(d|beat)?_", "", name.lower()) if name.isupper() else ""
+            kinds = "^(task|worker|result|beat)_"
+            same = [new for new in SETTINGS if old in (new, re.sub(kinds, "", new))]
+            hint = _hint(same[0] if same else old if "CELERY" in name else name, SETTINGS)
+            if hint:
+                raise ImproperlyConfigured(f"unknown setting {name!r}{hint}")
+        if expected:
+            given = f"setting {name!r} = {_repr(value, 60)}"
+            raise ImproperlyConfigured(f"{given}: expected {expected}")
 
     def load(self, source: Any, namespace: str | None = None) -> None:
-        """Take settings from a mapping, module or object.
-
-        With a namespace only names that begin with it count: 'CELERY' reads CELERY_TIMEZONE.
-        Modules, classes and functions are passed over, but for functions that are settings.
-        """
+        """Take settings from a mapping, module or object; with a namespace, 'CELERY', those that
+        begin with it, as CELERY_TIMEZONE. Modules, classes and functions are no own settings."""
         if not isinstance(source, collections.abc.Mapping):
             source = {name: getattr(source, name) for name in dir(source) if name[:2] != "__"}
         prefix = namespace.rstrip("_") + "_" if namespace else ""
@@ -680,32 +713,34 @@ class Settings(dict):
         for name, value in source.items():
             if name.startswith(prefix) and not name.startswith("_"):
                 name = name[len(prefix) :].lower() if prefix else name
-                if name in SETTINGS or not isinstance(value, no_value):
+                is_setting = name in SETTINGS or not isinstance(value, no_value)
+                if is_setting and (name in self.loaded or name not in self.changed):
                     found[name] = value
-        found = {k: v for k, v in found.items() if k in self.loaded or k not in self.changed}
         self.update(found)
         self.loaded.update(found)
 
-    def table(self, with_defaults: bool = False) -> dict[str, Any]:
+    def table(self, with_defaults: bool = False, censored: bool = True) -> dict[str, Any]:
         """Return the settings that were set, or all, as JSON can hold them, secrets masked."""
         secret = re.compile("pass|secret|token|(?<!routing_)key$", re.I)
 
         def shown(name: str, value: Any) -> Any:
-            if secret.search(name) and value:
+            if censored and secret.search(name) and value:
                 return "*" * 8
             if isinstance(value, dict):
                 return {str(key): shown(str(key), each) for key, each in value.items()}
             if type(value) in (list, tuple, set):
                 return [shown(name, each) for each in value]
-            is_plain = value is None or isinstance(value, (bool, int, float))
-            return value if is_plain else _mask_url(str(value))
+            if value is None or isinstance(value, (bool, int, float)):
+                return value
+            return _mask_url(str(value)) if censored else str(value)
 
         table = self if with_defaults else self.changed
         return {name: shown(name, value) for name, value in sorted(table.items())}
 
-    def humanize(self) -> str:
-        """Return the settings that were set, a line each, secrets masked."""
-        return "\n".join(f"{name}: {value!r}" for name, value in self.table().items())
+    def humanize(self, with_defaults: bool = False, censored: bool = True) -> str:
+        """Return the same as text, a line each."""
+        table = self.table(with_defaults, censored)
+        return "\n".join(f"{name}: {value!r}" for name, value in table.items())
 
     def seconds(self, name: str) -> float | None:
         """Return a setting that is seconds, a timedelta or None, as seconds or None."""
@@ -798,10 +833,6 @@ def _timestamp(value: Any) -> float:
 
 def _is_name(value: str) -> bool:
     return bool(value.encode("utf-8"))  # no store can hold a lone surrogate
-
-
-def _is_limit(value: Any) -> bool:
-    return value is None or _is_number(value) and 0 <= value < 1e9
 
 
 #: The names of a Message's fields in an envelope.
@@ -960,10 +991,10 @@ after_setup_task_logger = Signal("after_setup_task_logger", "logger " + _LOGGING
 class Bell:
     """Wakes one sleeper: a worker without work, or a thread that waits for a result.
 
-    Its owner says with `listen` what it wants to hear of, dozes, looks in the store a last time,
-    and waits. Others see its state and topics in a small mapped file, at no cost while nobody
-    sleeps, and wake it by a byte into a FIFO beside that. Without a path, where there are no FIFOs,
-    it looks around often instead; `mine` is False for another process's bell, seen from here.
+    Its owner listens to topics, dozes, looks in the store a last time, and waits. Others see its
+    state and topics in a small mapped file, and wake it by a byte into a FIFO beside that. Without
+    a path, where there are no FIFOs, it looks around often instead. `mine` is False for another
+    process's bell, seen from here.
     """
 
     #: The state's 8 bytes, then one for each hash of a topic: whether the owner listens.
@@ -971,9 +1002,8 @@ class Bell:
     #: States. Napping, it wants to be woken only by its own children, when they have no work;
     #: deaf, it hears of no topic: a worker that is full leaves calls to others.
     AWAKE, NAP, DEAF, HEARS = range(4)
-    #: Whether the owner wants to be woken; a nap does not count.
+    #: Whether the owner wants to be woken, and whether it neither sleeps nor naps.
     asleep = property(lambda bell: bell._flag[0] > bell.NAP)
-    #: Whether the owner neither sleeps nor naps.
     awake = property(lambda bell: bell._flag[0] == bell.AWAKE)
     _places: frozenset[int] | set[int] = frozenset()
     _rung = False  # whether the last wait ended with a ring: then the next may soon come
@@ -1025,10 +1055,10 @@ class Bell:
         """Sleep from now on; unless it `hears`, only the owner's own processes can wake it."""
         self._flag[0] = self.HEARS if hears else self.DEAF
 
-    def nap(self, timeout: float) -> bool:
+    def nap(self, timeout: float) -> None:
         """Sleep as `wait` does, while others think that the owner is busy."""
         self._flag[0] = self.NAP
-        return self.wait(timeout)
+        self.wait(timeout)
 
     def wait(self, timeout: float) -> bool:
         """Sleep until somebody rings, or for `timeout` seconds; return whether somebody did."""
@@ -1068,13 +1098,14 @@ class Bells:
         with contextlib.suppress(IndexError):
             return self._spare.pop()
         for _ in range(3):  # others may remove an empty directory, or a FIFO that is not open yet
-            with contextlib.suppress(OSError, AttributeError):  # or there may be no FIFOs
+            with contextlib.suppress(OSError, AttributeError):  # there may be no FIFOs
                 os.makedirs(self.folder, 0o700, exist_ok=True)
                 return self._kind(os.path.join(self.folder, os.urandom(8).hex()))
         return self._kind(None)
 
     def close(self, bell: Bell) -> None:
-        """Take back a bell of this process, for its next sleeper."""
+        """Take back a bell of this process, which then hears of nothing, for its next sleeper."""
+        bell.listen(())
         if bell.pid == os.getpid():
             self._spare.append(bell)
 
@@ -1095,13 +1126,13 @@ class Bells:
                     break
 
     def listeners(self, topic: str) -> list[Bell]:
-        """Return the bells that listen to a topic, asleep or not."""
+        """Return the bells that listen to a topic, asleep or not; not those of the dead."""
         place = _topic_place(topic)
-        return [bell for bell in self._scan() if bell._map[place]]
+        return [bell for bell in self._scan() if bell._map[place] and _has_reader(bell.path)]
 
     def _scan(self) -> list[Bell]:
         """Return the bells to ring; the run directory is read anew if it has changed."""
-        with contextlib.suppress(OSError):  # nobody has ever slept
+        try:
             changed = os.stat(self.folder).st_mtime_ns
             if changed != self._seen:
                 known, found = {bell.path: bell for bell in self._known}, []
@@ -1111,15 +1142,23 @@ class Bells:
                 self._known = found
                 # A change within one tick of the file system's clock would go unseen.
                 self._seen = changed if time.time_ns() - changed > 50_000_000 else 0
+        except OSError:  # there is no directory, and nobody who sleeps
+            self._known, self._seen = [], 0
         return self._known
 
     def sweep(self) -> None:
         """Remove the bells that nobody reads any more."""
         for path in _paths(self.folder, ".fifo", ".bell"):
-            try:
-                os.close(os.open(path[:-5] + ".fifo", os.O_WRONLY | os.O_NONBLOCK))
-            except OSError:
+            if not _has_reader(path[:-5]):
                 _unlink(path)
+
+
+def _has_reader(path: str | None) -> bool:
+    """Return whether the owner of a bell has its FIFO open."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(f"{path}.fifo", os.O_WRONLY | os.O_NONBLOCK))
+        return True
+    return False
 
 
 _yield_cpu: Callable[[], Any] = getattr(os, "sched_yield", functools.partial(time.sleep, 0))
@@ -1165,11 +1204,10 @@ def _unlink(*paths: str) -> None:
 
 def _paths(folder: str, *suffixes: str) -> list[str]:
     """Return the files in a directory with one of these endings; none if it is not there."""
+    names = []
     with contextlib.suppress(OSError):
-        return [
-            os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(suffixes)
-        ]
-    return []
+        names = os.listdir(folder)
+    return [os.path.join(folder, name) for name in names if name.endswith(suffixes)]
 
 
 #: Flags beside the ticket of a task that has begun: what to do with it if its process dies.
@@ -1197,6 +1235,10 @@ class Slot:
     times = property(lambda slot: slot.TIMES.unpack_from(slot._head, 8))
     #: How many tasks this process has finished.
     executed = property(lambda slot: slot._words[6])
+    #: The ticket of a task that is to be interrupted, as by its soft time limit.
+    interrupted = property(
+        lambda slot: slot._words[7], lambda slot, ticket: slot._words.__setitem__(7, ticket)
+    )
     #: Whether there are outcomes that `read` would return.
     fresh = property(lambda slot: slot._words[4] != slot._words[5])
     #: Whether `finish` would not have to wait.
@@ -1207,7 +1249,8 @@ class Slot:
         self.pid = 0  # of the process that writes it, as its parent knows it; 0: this one
         self._path = path
         self._head = view[: self.HEAD]
-        self._words = self._head.cast("Q")  # 0 begun, 1-3 times, 4 written, 5 consumed, 6 executed
+        # 0 begun, 1-3 times, 4 written, 5 consumed, 6 executed, 7 interrupted
+        self._words = self._head.cast("Q")
         self._ring = view[self.HEAD :]
         self._spilled: list[str] = []
         self._end = 0  # where the last `read` ended
@@ -1303,7 +1346,8 @@ class Journal:
         start, size = len(self.slots), (count - len(self.slots)) * Slot.SIZE
         if size > 0:
             at, fd = self.HEAD + start * Slot.SIZE, self._file.fileno()
-            self._file.truncate(max(at + size, os.fstat(fd).st_size))
+            if os.fstat(fd).st_size < at + size:  # it is ours: others read what is there
+                self._file.truncate(at + size)
             view = memoryview(mmap.mmap(fd, size, offset=at))
             parts = (view[at : at + Slot.SIZE] for at in range(0, size, Slot.SIZE))
             self.slots += [Slot(i, part, self.path) for i, part in enumerate(parts, start)]
@@ -1368,6 +1412,9 @@ class Journal:
             self.own.pop(self.path, None)
 
 
+_HEAD = re.compile(rb'"task": ?"([^"\\]+)", ?"id": ?"([^"\\]+)"')
+
+
 class Claim(collections.namedtuple("Claim", "key ticket queue priority raw")):
     """A message that a worker holds: `key` is the store's, `ticket` the worker's number for it."""
 
@@ -1375,6 +1422,16 @@ class Claim(collections.namedtuple("Claim", "key ticket queue priority raw")):
     def message(self) -> Message:
         """The message, parsed when first asked for; MalformedMessage if it is none."""
         return Message.decode(self.raw)
+
+    @functools.cached_property
+    def head(self) -> tuple[str, str]:
+        """The name and the id of its task, found without parsing; both empty if it names none."""
+        match = _HEAD.search(self.raw)
+        if match:
+            return match[1].decode(errors="replace"), match[2].decode(errors="replace")
+        with contextlib.suppress(MalformedMessage):
+            return self.message.headers["task"], self.message.headers["id"]
+        return "", ""
 
 
 #: What becomes of a claim that has not begun.
@@ -1415,10 +1472,8 @@ class Store:
 
     #: Whether other programs publish here too; `parts` then bring deliveries, for their chords.
     foreign = False
-    #: Whether other processes can use it.
-    shared = True
-    #: The run directory.
-    folder: str
+    shared = True  # whether other processes can use it
+    folder: str  # the run directory
     bells: Bells
     #: Seconds after which a chord whose parts do not end is forgotten.
     chord_expires = 30 * 86400
@@ -1436,8 +1491,8 @@ class Store:
     def publish(self, deliveries: Rows, chords: Rows = (), run: Any = None) -> bool:
         """Put messages into their queues, and apply `chords`, all or none; wake workers.
 
-        run: (name, before, now) if these are what a periodic task sends. Unless its last run was at
-        `before` (None: there was none) somebody else has sent them: nothing is done; returns False.
+        run: (name, before, now) of a periodic task that sends them. Unless its last run was at
+        `before` (None: there was none) somebody else has: nothing is done; returns False.
         """
 
     def look(self, queues: Sequence[str]) -> tuple[bool, float | None]:
@@ -1447,7 +1502,7 @@ class Store:
     def settle(self, owner: int, settled: Settled, queues: Any = (), limit: int = 0) -> list[Claim]:
         """Apply the outcomes of claims, then claim up to `limit` messages from `queues`.
 
-        Each queue has its turn; within them the smallest priority number and the oldest come first.
+        Queues have their turn; in them the smallest priority number and the oldest come first.
         StaleClaim, and nothing is applied, if one of the claims is not this owner's any more.
         """
 
@@ -1463,7 +1518,7 @@ class Store:
                 journal.close(remove=True)
         return count
 
-    def recover_owner(self, owner: int, ends: dict[int, Any], lost: Lost, settle: Any) -> int:
+    def recover_owner(self, owner: int, ends: dict[int, Any], lost: Any, settle: Any) -> int:
         """Settle a dead worker's claims by its journal's `ends`, or give them back; count them."""
         settled = []
         for claim in self.claims_of(owner):
@@ -1478,10 +1533,8 @@ class Store:
 
     def put_results(self, results: Rows, parts: Rows = ()) -> list[Delivery]:
         """Store rows, [task id, state, meta text, seconds to keep it or None], and wake who waits
-        for them; count `parts`.
-
-        Returns the deliveries of those chords that are complete, to be published in the store of
-        the messages; of a chord that is not yet over, again if this is called again.
+        for them; count `parts`. Returns the deliveries of the chords that are complete, to be
+        published in the store of the messages: again, if it is called again before they are over.
         """
 
     def get_results(self, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -1501,9 +1554,8 @@ class Store:
 
     def bound(self, exchange: str, routing_key: str) -> list[str]:
         """Return the queues that an exchange brings messages with this routing key to."""
-        bindings = self.bindings(exchange)
-        found = (queue for kind, key, queue in bindings if _brings(kind, key, routing_key))
-        return list(dict.fromkeys(found))
+        rows = self.bindings(exchange)
+        return list(dict.fromkeys(row[2] for row in rows if _brings(row[0], row[1], routing_key)))
 
     def fan_out(self, kind: str, exchange: str, posts: Rows) -> int:
         """Post commands ('fanout'), replies ('direct') or events ('topic'), in rows of routing key
@@ -1511,15 +1563,13 @@ class Store:
 
     def subscribe(self, kind: str, exchange: str, key: str, queue: str, bell: Bell) -> Inbox:
         """Return an Inbox, called `queue`, for what is posted by routing keys like `key` from when
-        `bell` listens to its `topics` on.
-
-        `read()` returns the texts that have come since, and does not wait; `close()` ends it.
-        """
+        `bell` listens to its `topics` on. `read()` returns the texts that have come since, and does
+        not wait; `close()` deletes what the store keeps for it."""
 
     @contextlib.contextmanager
     def listening(self, kind: str, exchange: str, key: str, queue: str) -> Iterator[Any]:
-        """Subscribe for a while; gives a function that returns the texts that have come, after
-        waiting for up to so many seconds if there are none."""
+        """Subscribe for a while; gives a function that waits up to so many seconds for texts, and
+        returns them."""
         bell = self.bells.open()
         inbox = self.subscribe(kind, exchange, key, queue, bell)
 
@@ -1531,7 +1581,8 @@ class Store:
             bell.listen(inbox.topics)
             yield read
         finally:
-            inbox.close()
+            with contextlib.suppress(OperationalError):
+                inbox.close()
             self.bells.close(bell)
 
     def revoke(self, ids: Iterable[str], seconds: float) -> None:
@@ -1555,6 +1606,7 @@ class Store:
 
     def sweep(self) -> None:
         """Remove expired results and dead processes' files; called now and then."""
+        self.bells.sweep()
 
     def close(self) -> None:
         """Let go of connections, and of files that are not in use; the store opens them again."""
@@ -1631,7 +1683,7 @@ CREATE TABLE IF NOT EXISTS bindings (
     PRIMARY KEY (exchange, routing_key, queue)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS posts (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, exchange TEXT, routing_key TEXT, post TEXT, expires REAL
+    id INTEGER PRIMARY KEY AUTOINCREMENT, exchange TEXT, routing_key TEXT, expires REAL, post TEXT
 );
 CREATE INDEX IF NOT EXISTS posts_of ON posts (exchange);
 CREATE TABLE IF NOT EXISTS revoked (id TEXT PRIMARY KEY, expires REAL) WITHOUT ROWID;
@@ -1650,17 +1702,20 @@ _CLAIMED = f"SELECT id, ticket, {_FROM} owner = ?"
 _CLAIM = "UPDATE messages SET owner = ?, ticket = ? WHERE id = ?"
 _REQUEUE = "UPDATE messages SET owner = NULL, message = CAST(? AS TEXT) WHERE id = ? AND owner = ?"
 _REJECT = "INSERT INTO rejected VALUES (NULL, ?, ?, CAST(? AS TEXT), CAST(? AS TEXT))"
+_RESULTS = "SELECT id, state, meta FROM results WHERE (expires IS NULL OR expires > ?)"
 _COUNT = "UPDATE chords SET missing = missing + ? WHERE id = ? AND missing > 0"
 _PART = "INSERT OR IGNORE INTO chord_parts SELECT id, ?, ? FROM chords WHERE id = ?"
 _COMPLETE = "SELECT queue, priority, due, message FROM chords WHERE id = ? AND missing <= 0"
-_POST = "INSERT INTO posts (exchange, routing_key, post, expires) VALUES (?, ?, ?, ?)"
+# The id of a post grows by its length, so that the last 20 MB can be kept.
+_LAST_POST = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'posts'"
+_POST = f"INSERT INTO posts VALUES (({_LAST_POST}) + length(?4) + 100, ?1, ?2, ?3, ?4)"
 _POSTED = "SELECT id, routing_key, post FROM posts WHERE exchange = ? AND id > ? ORDER BY id"
-_TRIM = "DELETE FROM posts WHERE exchange = ? AND id <= (SELECT max(id) FROM posts) - 10000"
+_TRIM = f"DELETE FROM posts WHERE id <= ({_LAST_POST}) - 20000000"
 _FIRST_RUN = "INSERT OR IGNORE INTO runs VALUES (:name, :now, 1)"
 _RUN = "UPDATE runs SET last = :now, count = count + 1 WHERE name = :name AND last = :before"
 
 #: What one subscriber gets: see `Store.subscribe`.
-Inbox = collections.namedtuple("Inbox", "topics read close")
+Inbox = collections.namedtuple("Inbox", "topics read close", defaults=[lambda: None])
 
 
 class SQLiteStore(Store):
@@ -1906,12 +1961,10 @@ class SQLiteStore(Store):
 
     def get_results(self, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
         found: dict[str, tuple[str, str]] = {}
-        now = time.time()
         for start in range(0, len(ids), 500):
             some = ids[start : start + 500]
             marks = ",".join("?" * len(some))
-            sql = f"SELECT id, state, meta FROM results WHERE id IN ({marks})"
-            rows = self._execute(sql + " AND (expires IS NULL OR expires > ?)", (*some, now))
+            rows = self._execute(f"{_RESULTS} AND id IN ({marks})", (time.time(), *some))
             found.update((id, (state, meta)) for id, state, meta in rows)
         return found
 
@@ -1946,21 +1999,21 @@ class SQLiteStore(Store):
 
     def fan_out(self, kind: str, exchange: str, posts: Rows) -> int:
         """Write posts once for all, if anybody listens; each Inbox knows how far it has read."""
-        topic, expires = f"e:{exchange}", time.time() + 3600
+        topic, expires = f"e:{exchange}", time.time() + 300
         bells, all_known = self.bells.listeners(topic), hasattr(os, "mkfifo")
         if bells or not all_known:
             with self as connection:
                 connection.execute("BEGIN IMMEDIATE")
-                connection.executemany(_POST, [(exchange, *post, expires) for post in posts])
-                if kind == "topic":  # events, which a reader may miss if it is slow
-                    connection.execute(_TRIM, (exchange,))
+                rows = [(exchange, key, expires, text) for key, text in posts]
+                connection.executemany(_POST, rows)
+                connection.execute(_TRIM)  # a reader that is slow misses some
         for bell in bells:
             bell.post(topic)
         return len(bells) if all_known else 10**6
 
     def subscribe(self, kind: str, exchange: str, key: str, queue: str, bell: Bell) -> Inbox:
         topic = f"e:{exchange}"
-        seen: int = self._execute("SELECT coalesce(max(id), 0) FROM posts")[0][0]
+        seen: int = self._execute(_LAST_POST)[0][0]
 
         def read() -> list[str]:
             nonlocal seen
@@ -1968,7 +2021,10 @@ class SQLiteStore(Store):
             seen = rows[-1][0] if rows else seen
             return [text for _, sent_by, text in rows if _brings(kind, key, sent_by)]
 
-        return Inbox([topic], read, functools.partial(bell.listen, ()))
+        if kind != "direct":
+            return Inbox([topic], read)
+        sql = "DELETE FROM posts WHERE exchange = ? AND routing_key = ?"
+        return Inbox([topic], read, functools.partial(self._execute, sql, (exchange, key)))
 
     def revoke(self, ids: Iterable[str], seconds: float) -> None:
         until = time.time() + seconds
@@ -1993,7 +2049,7 @@ class SQLiteStore(Store):
             while self._write(f"DELETE FROM {table} WHERE id IN ({some})", [(time.time(),)]):
                 pass
         self._execute("PRAGMA wal_checkpoint(PASSIVE)")
-        self.bells.sweep()
+        super().sweep()
 
 
 def _close_all(connections: list[sqlite3.Connection]) -> None:
@@ -2188,7 +2244,6 @@ class RedisBell(Bell):
         self.line_id = 0  # the line's number for the server
 
     def listen(self, topics: Iterable[str]) -> None:
-        """Hear of these topics, and of no others."""
         topics = list(topics)
         super().listen(topics)
         self._channels = [self._store.result_key(t[2:]) for t in topics if t[0] == "r"]
@@ -2204,6 +2259,7 @@ class RedisBell(Bell):
         try:
             if self._line is None:
                 self._line = self._store.connect()
+                self._line.health_check_interval = 0  # PING has another reply while it listens
                 self.line_id = self._store.send(self._line, ("CLIENT", "ID"))[0]
             self._line.send_command("UNSUBSCRIBE")
             self._line.send_command("SUBSCRIBE", "__redis__:invalidate", *self._channels)
@@ -2222,19 +2278,17 @@ class RedisBell(Bell):
             self._posts[heard[1].decode()].append(heard[3])
         return heard
 
-    def _drain(self, timeout: float) -> bool:
+    def _drain(self, timeout: float) -> None:
         """Hear all that comes on the line within `timeout` seconds, or until somebody rings
-        otherwise; return whether there was anything."""
-        heard = False
+        otherwise; whatever it is ends the next wait."""
         try:
             _readable(self._line._sock, timeout, *self._fds[:1])
             while self._line.can_read(timeout=0):
                 self._hear()
-                heard = True
+                self._rung = True
         except (*self._store.errors, AttributeError, TypeError):  # there is no line any more
             self.hang_up()
-            heard = True
-        return heard
+            self._rung = True
 
     def take_posts(self, pattern: str) -> list[str]:
         """Return what was posted by an inbox's pattern since this was asked last."""
@@ -2256,19 +2310,18 @@ class RedisBell(Bell):
     def doze(self, hears: bool) -> None:
         """Sleep from now on; if it `hears`, the thread's next look tells Redis what for."""
         super().doze(hears)
-        if self._line is None:
-            self._tune()
+        self._rung = False  # what has come until now is seen by the next look
         self._store.local.bell = self if hears and self._line is not None else None
 
     def wait(self, timeout: float) -> bool:
-        """Sleep until somebody rings, or for `timeout` seconds; return whether somebody did."""
         if self._line is None:  # what happens until it is there again goes unheard
             self._tune()
             return self._line is not None or super().wait(min(timeout, 1.0)) or True
-        rung = self._drain(max(timeout, 0.0))
+        self._drain(0.0 if self._rung else max(timeout, 0.0))
         if self._fds and _readable(self._fds[0], 0):
-            rung = bool(os.read(self._fds[0], 4096))
-        self._flag[0] = 0
+            self._rung = bool(os.read(self._fds[0], 4096))
+        self._flag[0] = self.AWAKE
+        rung, self._rung = self._rung, False
         return rung
 
 
@@ -2303,6 +2356,10 @@ class RedisStore(Store):
         "unacked_restore_limit unacked_restore_interval unacked_restore_throttle "
         "unacked_mutex_expire".split()
     )
+    #: Keys, of which kind they must be.
+    KEYS = {"unacked": "hash", "unacked_index": "zset", "taskq.due": "zset"}
+    KEYS.update({"taskq.workers": "zset", "taskq.runs": "hash"})
+    _sep = "\x06\x16"  # between a queue's name and its priority, and in bindings
     #: Seconds between heartbeats, and after the last one until a worker counts as dead.
     BEAT, DEAD = 2.0, 10.0
     #: How often, 0.2 s apart, what can be repeated is tried while the server cannot be reached.
@@ -2319,14 +2376,13 @@ class RedisStore(Store):
         self.errors = (redis.RedisError, OSError)
         self.url = url
         at = self._options = self._parse(url, options)
-        self._prefix, self._sep = at.pop("global_keyprefix"), "\x06\x16"
+        self._prefix = at.pop("global_keyprefix")
         self._result_prefix = at.pop("result_prefix")
         prefix = at.pop("fanout_prefix")
         self._fanout = ("/{db}." if prefix is True else prefix or "").format(db=at["db"])
         self._visibility = float(at.pop("visibility_timeout"))
         self._steps = sorted(at.pop("priority_steps"))
-        names = ("unacked", "unacked_index", "taskq.due", "taskq.workers", "taskq.runs")
-        self._keys = [self._key(name) for name in names]
+        self._keys = [self._key(name) for name in self.KEYS]
         self._unacked, self._index, self._due, self._workers, self._runs = self._keys
         user = os.getuid() if hasattr(os, "getuid") else None
         name = f"{at.get('path', at.get('host'))}-{at.get('port')}-{at['db']}-{self._prefix}"
@@ -2384,6 +2440,10 @@ class RedisStore(Store):
         step = max(step for step in self._steps if step <= priority)
         return self._key(f"{queue}{self._sep}{step}" if step else queue)
 
+    def _lists(self, queues: Sequence[str]) -> list[str]:
+        """Return the keys of these queues' lists, those of the most urgent messages first."""
+        return [self._list(queue, step) for step in self._steps for queue in queues]
+
     def _place(self, key: bytes) -> tuple[str, int]:
         """Return the queue and priority of a list."""
         queue, _, step = key.decode()[len(self._prefix) :].partition(self._sep)
@@ -2432,12 +2492,10 @@ class RedisStore(Store):
             why = "is a cluster, or older than Redis 6: taskq needs a single server of 6 or later"
             raise OperationalError(f"Redis at {_mask_url(self.url)} {why}")
         kinds = self.send(connection, *(("TYPE", key) for key in self._keys))
-        for key, kind, wanted in zip(
-            self._keys, kinds, (b"hash", b"zset", b"zset", b"zset", b"hash")
-        ):
-            if kind not in (wanted, b"none"):
+        for key, kind, wanted in zip(self._keys, map(bytes.decode, kinds), self.KEYS.values()):
+            if kind not in (wanted, "none"):
                 why = "rename it, or set global_keyprefix in broker_transport_options"
-                text = f"the Redis key {key!r} is a {kind.decode()}, not a {wanted.decode()}: {why}"
+                text = f"the Redis key {key!r} is a {kind}, not a {wanted}: {why}"
                 raise ImproperlyConfigured(text)
 
     def send(self, connection: Any, *commands: Sequence[Any]) -> list[Any]:
@@ -2470,18 +2528,18 @@ class RedisStore(Store):
                 time.sleep(0.2)
 
     def _run(
-        self, commands: Any, claim: Any = ((), 0, "", 0, 0), tries: int = 1, now: float = 0.0
-    ) -> list[Any]:
-        """Run the script: commands, and claim (queues, how many, begin of their tags, first ticket,
-        first one that an earlier call may have claimed).
+        self, commands: Any, queues: Sequence[str] = (), limit: int = 0, owner: str = "",
+        first: int = 0, sure: int = 0, tries: int = 1, now: float = 0.0,
+    ) -> list[Any]:  # fmt: skip
+        """Run the script: commands, and for an owner claim `limit` messages, with tickets from
+        `first` on; an earlier call may have claimed those from `sure` on.
 
         Returns new claims [list, message, whether it has an ETA], chords that are complete [list,
         message], and the tags that an earlier call has claimed.
         """
-        queues, limit, tag, first, sure = claim
-        lists = [self._list(queue, step) for step in self._steps for queue in queues]
-        owner = self._key(f"taskq.owner.{tag[:-1]}")
-        keys = (self._unacked, self._index, self._due, owner, *lists)
+        lists = self._lists(queues)
+        known, tag = self._key(f"taskq.owner.{owner}"), owner and owner + ":"
+        keys = (self._unacked, self._index, self._due, known, *lists)
         prefix = len(self._prefix.encode())
         head = (now or time.time(), limit, tag, first, sure, prefix, len(queues))
         rest = [item for command in commands for item in (len(command), *command)]
@@ -2534,18 +2592,17 @@ class RedisStore(Store):
             elif delivery is None:
                 made.append(("INCRBY", key + ".t", number))
             else:
-                made += ("DEL", key + ".c", key + ".b"), ("SET", key + ".s", number)
+                made += ("DEL", key + ".c", key + ".b"), ("SET", key + ".s", number, "EX", ttl)
                 made.append(("RPUSH", key + ".b", *self._body(delivery)))
-                made += [("EXPIRE", key + end, ttl) for end in (".s", ".b")]
+                made.append(("EXPIRE", key + ".b", ttl))
         metas = {id: (state, text) for id, state, text, _ in results} if parts else {}
         for chord, place, id, delivery in parts:
             state, text = metas.get(id, (SUCCESS, '{"result": null}'))
             result = json.loads(text)["result"] if text.startswith("{") else None  # a pickle
             value = json.dumps([1, id, state, result])
             place, body = "+inf" if place is None else place, self._body(delivery)
-            made.append(
-                ("part", self.result_key(_CHORD + chord), id, place, value, ttl, again, *body)
-            )
+            key = self.result_key(_CHORD + chord)
+            made.append(("part", key, id, place, value, ttl, again, *body))
         return made
 
     def _body(self, delivery: Any) -> tuple[str, str]:
@@ -2553,7 +2610,7 @@ class RedisStore(Store):
 
     def look(self, queues: Sequence[str]) -> tuple[bool, float | None]:
         """Ask for the lists and the next due time; for a dozing worker Redis remembers it."""
-        lists = [self._list(queue, step) for queue in queues for step in self._steps]
+        lists = self._lists(queues)
         commands: list[Any] = [("EXISTS", *lists)] if lists else [("ECHO", 0)]
         commands.append(("ZRANGE", self._due, 0, 0, "WITHSCORES"))
         bell = getattr(self.local, "bell", None) if lists and self._tracks else None
@@ -2581,16 +2638,15 @@ class RedisStore(Store):
         names = self._in_turn(queues) if limit else []
         changes, first = self._changes(settled), holder.ticket
         holder.ticket += limit + len(changes)  # the ends of chords are claimed too
-        tag = f"{owner:x}:"
         try:
-            rows, _, strays = self._run(changes, (names, limit, tag, first, holder.sure))
+            rows, _, strays = self._run(changes, names, limit, f"{owner:x}", first, holder.sure)
         except (StaleClaim, ValueError):  # nothing was done
             holder.ticket = first
             raise
         claims = self._read([stray.decode() for stray in strays])
         claims = [claim for claim in claims if not self._defer(claim)]
         for ticket, (place, raw, eta) in enumerate(rows, first):
-            claim = Claim(f"{tag}{ticket}", ticket, *self._place(place), raw)
+            claim = Claim(f"{owner:x}:{ticket}", ticket, *self._place(place), raw)
             if not (eta and self._defer(claim)):
                 claims.append(claim)
         holder.sure = holder.ticket
@@ -2638,14 +2694,17 @@ class RedisStore(Store):
 
     def purge(self, queue: str) -> int:
         """Delete the lists, and what waits for its ETA."""
-        lists = [self._list(queue, step) for step in self._steps]
-        tags = self._call(("ZRANGE", self._due, 0, -1))[0]
-        tags = [tag for tag in tags if tag.split(b":", 2)[2].decode() in lists]
-        commands = [("LLEN", key) for key in lists] + [("DEL", *lists)]
-        for tag in tags:
-            commands += ("ZREM", self._due, tag), ("ZREM", self._index, tag)
-            commands.append(("HDEL", self._unacked, tag))
+        lists, tags = self._lists([queue]), self._waiting([queue])
+        commands: list[Any] = [*(("LLEN", key) for key in lists), ("DEL", *lists)]
+        if tags:
+            commands += ("ZREM", self._due, *tags), ("ZREM", self._index, *tags)
+            commands.append(("HDEL", self._unacked, *tags))
         return sum(self._call(("MULTI",), *commands, ("EXEC",))[-1][: len(lists)]) + len(tags)
+
+    def _waiting(self, queues: Sequence[str]) -> list[str]:
+        """Return the tags of what waits for its ETA, in the order of that."""
+        lists, tags = self._lists(queues), self._call(("ZRANGE", self._due, 0, -1))[0]
+        return [tag for tag in map(bytes.decode, tags) if tag.split(":", 2)[2] in lists]
 
     # -- heartbeats and recovery -----------------------------------------------------------------
 
@@ -2680,16 +2739,19 @@ class RedisStore(Store):
             self._call(*commands)
 
     def leave(self, owner: int) -> None:
-        """End a worker's heartbeats. The last one of all puts back what waits for its ETA: those
-        that are left may be Celery's."""
+        """End a worker's heartbeats, and give back what it still has, unless its journal is left
+        for that. The last of all puts back what waits for its ETA: Celery's may be left."""
         with contextlib.suppress(OperationalError, KeyError):
             with self._beats:
                 del self._holders[owner]
+            if not os.path.exists(f"{self.folder}/{owner:x}.journal"):
+                # It may have claimed what it has not learned of, as the reply was lost.
+                self.recover_owner(owner, {}, None, self.settle)
             alive = ("ZCOUNT", self._workers, self._now() - self.DEAD, "+inf")
             forget = ("DEL", self._key(f"taskq.owner.{owner:x}"))
             left = self._call(("ZREM", self._workers, f"{owner:x}"), forget, alive)[-1]
             while not left and self._call(("ZCARD", self._due))[0]:
-                self._run((), ((), 1, "", 0, 0), now=float("inf"))
+                self._run((), limit=1, now=float("inf"))
 
     def _now(self) -> float:
         """Return the server's time: the clocks of machines may differ by more than a heartbeat."""
@@ -2764,9 +2826,8 @@ class RedisStore(Store):
         return found
 
     def chord_parts(self, chord: str) -> list[str]:
-        rows = self._call(
-            ("ZRANGE", self.result_key(_CHORD + chord) + ".j", 0, -1), tries=self.TRIES
-        )[0]
+        key = self.result_key(_CHORD + chord) + ".j"
+        rows = self._call(("ZRANGE", key, 0, -1), tries=self.TRIES)[0]
         return [json.loads(row)[1] for row in rows]
 
     def forget(self, ids: Sequence[str]) -> None:
@@ -2803,7 +2864,7 @@ class RedisStore(Store):
         if kind != "direct":
             pattern = self._channel(exchange, key.replace("#", "*"))
             read = functools.partial(bell.take_posts, pattern)
-            return Inbox([f"e:{pattern}"], read, functools.partial(bell.listen, ()))
+            return Inbox([f"e:{pattern}"], read)
         binding, place = self._binding(exchange, kind, key, queue), self._key(queue)
 
         def pop() -> list[str]:
@@ -2812,25 +2873,19 @@ class RedisStore(Store):
             return [text.decode("utf-8", "replace") for text in reversed(found)]
 
         def close() -> None:
-            bell.listen(())
             self._call(("SREM", *binding), ("DEL", place))
 
         self._call(("SADD", *binding))
         return Inbox([f"q:{queue}"], pop, close)
 
     def scheduled(self, queues: Sequence[str]) -> list[Claim]:
-        lists = {self._list(queue, step) for queue in queues for step in self._steps}
-        tags = [tag.decode() for tag in self._call(("ZRANGE", self._due, 0, 999))[0]]
-        return self._read([tag for tag in tags if tag.split(":", 2)[2] in lists])
+        return self._read(self._waiting(queues)[:1000])
 
     def due_runs(self) -> dict[str, tuple[float, int]]:
         last, counts = self._call(("HGETALL", self._runs), ("HGETALL", self._runs + ".count"))
         count = dict(zip(counts[::2], counts[1::2]))
         pairs = zip(last[::2], last[1::2])
         return {name.decode(): (float(at), int(count[name])) for name, at in pairs}
-
-    def sweep(self) -> None:
-        self.bells.sweep()
 
     def close(self) -> None:
         connection = self.local.__dict__.pop("connection", None)
@@ -3036,11 +3091,17 @@ class ResultBase:
         return FAILURE in self._states()
 
     def forget(self) -> None:
-        """Delete what the store knows of the tasks."""
-        leaves = self._flat()
+        """Delete what the store knows of the tasks, and of those before them in their chains."""
+        before = [node for leaf in self._flat() for node in leaf._lineage()]
+        leaves = [leaf for node in before for leaf in node._flat()]
         self.backend.forget([leaf.id for leaf in leaves])
         for leaf in leaves:
             leaf._cache = None
+
+    def exists(self) -> bool:
+        """Return whether the store knows of all tasks; what has not begun is unknown to it."""
+        ids = [leaf.id for leaf in self._flat()]
+        return self.backend.get_results(ids).keys() >= set(ids)
 
     def revoke(self, connection: Any = None, wait: bool = False, **how: Any) -> Any:
         """Have workers not run its tasks; `terminate=True`, `signal` (by default SIGTERM): also end
@@ -3158,10 +3219,16 @@ class EagerResult(AsyncResult):
     """The result of a task that `apply` has run here: no store has it."""
 
     def __init__(
-        self, id: str, ret_value: Any, state: str, traceback: Any = None, *_: Any, app: Any = None
+        self,
+        id: str,
+        ret_value: Any,
+        state: str,
+        traceback: Any = None,
+        name: Any = None,
+        **app: Any,
     ) -> None:
-        super().__init__(id, app=app)
-        self._cache = {"status": state, "result": ret_value, "traceback": traceback}
+        super().__init__(id, **app)
+        self._cache = {"status": state, "result": ret_value, "traceback": traceback, "name": name}
 
     def ready(self) -> bool:
         """Return True."""
@@ -3175,7 +3242,7 @@ class EagerResult(AsyncResult):
         self._cache = {"status": REVOKED, "result": TaskRevokedError("revoked")}
 
     def __reduce__(self) -> Any:
-        return type(self), (self.id, self.result, self.state, self.traceback)
+        return type(self), (self.id, self.result, self.state, self.traceback, self.name)
 
 
 def _as_they_end(wanted: Any, also: Any, progress: bool, *how: Any) -> Iterator[AsyncResult]:
@@ -3416,13 +3483,16 @@ class Signature(dict):
 
     def clone(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Return a copy with these arguments and options added."""
+        return self._copy(self._app, args, kwargs, options)
+
+    def _copy(self, app: Any, args: Any = None, kwargs: Any = None, options: Any = None) -> Any:
         args, kwargs, merged = self._merge(args, kwargs, options)
         for name in ("link", "link_error"):
             if name in merged:
                 merged[name] = _listed(merged[name])
         new = {**self, "args": args, "kwargs": dict(kwargs), "options": merged}
         try:
-            sig = type(self).from_dict(new, self._app)
+            sig = type(self).from_dict(new, app)
         except RecursionError:
             raise ValueError(f"{_repr(self, 200)} contains itself") from None
         sig._type = self._type
@@ -3577,7 +3647,7 @@ def _headed(sig: Any, rest: Any) -> Any:
     rest = rest or []
     if isinstance(sig, chain):
         first, *others = sig.tasks
-        first.options.update(sig.options)
+        first.options.update(sig.options, task_id=first.id)
         if sig.immutable:
             first.set_immutable(True)
         sig, rest = first, [*rest, *reversed(others)]
@@ -3685,10 +3755,11 @@ class chain(_Composed):  # noqa: N801
 
     def freeze(self, _id: str | None = None, root_id: str | None = None, **_: Any) -> Any:
         """Give every step its id; return the result of the last, whose parents are the others'."""
-        _id, result = self.options.pop("task_id", _id), None
+        _id, result = self.options.get("task_id", _id), None
         for step in self.tasks:
             found = step.freeze(_id if step is self.tasks[-1] else None, root_id=root_id)
             found._lineage()[-1].parent, result = result, found
+            self.id = found.id
         return result
 
     def _send(self, args: Any, kwargs: Any, options: Any) -> Any:
@@ -3700,6 +3771,8 @@ class chain(_Composed):  # noqa: N801
     def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
         """Run one step after the other here; return the last result, or the first that failed."""
         sig = self.clone(**options)
+        sig.freeze()
+        sig.options.pop("task_id", None)
         result: Any = None
         with allow_join_result():
             for step in sig.tasks:
@@ -3931,7 +4004,7 @@ def maybe_signature(data: Any, app: Any = None, clone: bool = False) -> Any:
     if not isinstance(data, Signature):
         data = Signature.from_dict(data, app)
     elif clone:
-        data = data.clone()
+        data = data._copy(data._app or app)  # so have those in it
     if data._app is None:
         data._app = app
     return data
@@ -4330,7 +4403,8 @@ class Task:
         if request.follow_ups.results:
             app.backend.put_results(request.follow_ups.results)
         value = run.value.exc if run.state == RETRY else run.value
-        return EagerResult(request.id, value, run.state, run.traceback, app=app)
+        value = None if run.state in (IGNORED, REJECTED) else value
+        return EagerResult(request.id, value, run.state, run.traceback, self.name, app=app)
 
     # -- steering it -----------------------------------------------------------------------------
 
@@ -4359,6 +4433,8 @@ class Task:
             raise exc or self.MaxRetriesExceededError(text, task_args=args, task_kwargs=kwargs)
         again = Retry(None, exc, when if eta is None else eta)
         again.sig = sig
+        if request.is_eager and not throw:
+            return sig.apply().get(disable_sync_subtasks=False)
         if not request.is_eager:
             with self.app._batch(request.follow_ups):
                 sig.apply_async(add_to_parent=False)
@@ -4987,9 +5063,12 @@ class TaskQ:
 
     def _unlock_delivery(self, gid: str, body: Any, parts: Iterable[str] = ()) -> Delivery:
         """Return the message that has a chord's body called, for the queue of its first task."""
-        first = body._tasks()[0]
+        first, options = body, body.options
+        while first._inner():
+            first = first._inner()[0]
+            options = {**first.options, **options}
         task = self.tasks.get(first.task)
-        options = {**(task._call_defaults() if task else {}), **first.options}
+        options = {**(task._call_defaults() if task else {}), **options}
         options = self.router.options(first.task, first.args, first.kwargs, options, task)
         names = ("queue", "exchange", "routing_key", "priority")
         options = {name: options[name] for name in names if options.get(name) is not None}
@@ -4998,9 +5077,15 @@ class TaskQ:
         return self._prepare(unlock.name, (gid, body), kwargs, options, unlock).deliveries[0]
 
     AsyncResult = _with_app(AsyncResult)
-    GroupResult = _with_app(GroupResult)
     ResultSet = _with_app(ResultSet)
     signature = _with_app(signature)
+
+    @property
+    def GroupResult(self) -> Any:  # noqa: N802
+        """The class, to be called with the app, as its method: `app.GroupResult.restore(id)`."""
+        make: Any = functools.partial(GroupResult, app=self)
+        make.restore = functools.partial(GroupResult.restore, app=self)
+        return make
 
     def Worker(self, **options: Any) -> Worker:  # noqa: N802
         """Return a worker of this app, not started; options as the command line's."""
@@ -5687,9 +5772,7 @@ _built_in("celery.chord_unlock", _unlock, bind=True, ignore_result=True, **_late
 
 class LamportClock:
     """A logical clock: what is sent has a `value` above those of all that its sender has heard of.
-
-    Without a lock: threads that get the same value only leave their order open.
-    """
+    It needs no lock: threads that get the same value only leave their order open."""
 
     value = 0
 
@@ -5698,9 +5781,9 @@ class LamportClock:
         self.value += 1
         return self.value
 
-    def adjust(self, other: int) -> int:
-        """Count the arrival of what was sent at the value `other`; return the new value."""
-        self.value = max(self.value, other) + 1
+    def adjust(self, other: Any) -> int:
+        """Count the arrival of what was sent at the value `other`, if it is one; return the new."""
+        self.value = max(self.value, other if isinstance(other, int) else 0) + 1
         return self.value
 
 
@@ -5722,11 +5805,6 @@ def sent_events(calls: Iterable[Prepared]) -> list[tuple[str, dict[str, Any]]]:
     return events
 
 
-def _utc_offset() -> float:
-    """Return the hours from local time to UTC, as time.timezone counts them: west is positive."""
-    return (time.altzone if time.localtime().tm_isdst > 0 else time.timezone) / 3600
-
-
 class EventDispatcher:
     """Sends events in the name of `hostname`; those of tasks only while it is `enabled`."""
 
@@ -5740,8 +5818,9 @@ class EventDispatcher:
 
     def publish(self, events: Iterable[tuple[str, dict[str, Any]]]) -> None:
         """Send (type, fields) pairs; they are lost where the store cannot be written."""
-        about = {"hostname": self.hostname, "utcoffset": _utc_offset(), "pid": self.pid}
-        exchange, about["timestamp"] = self.app.conf.event_exchange, time.time()
+        exchange = self.app.conf.event_exchange
+        about = {"hostname": self.hostname, "pid": self.pid, "timestamp": time.time()}
+        about["utcoffset"] = -time.localtime().tm_gmtoff / 3600  # hours; west is positive
         of_tasks: list[Any] = []  # which go together
         bodies: list[Any] = []
         for type, fields in events:
@@ -5763,11 +5842,10 @@ class EventDispatcher:
 class EventReceiver:
     """Hands events to `handlers`: a function for each type, and '*' for those that have none.
 
-        with app.connection() as connection:
-            receiver = app.events.Receiver(connection, handlers={"*": print})
-            receiver.capture(limit=None, timeout=None, wakeup=True)
+        app.events.Receiver(handlers={"*": print}).capture()
 
-    routing_key: which events, such as 'worker.#'. Setting `should_stop` ends `capture`.
+    channel: what `app.connection()` gives, or None. routing_key: which events, such as 'worker.#'.
+    Setting `should_stop` ends `capture`.
     """
 
     should_stop = False
@@ -5781,35 +5859,35 @@ class EventReceiver:
     def capture(self, limit: Any = None, timeout: Any = None, wakeup: bool = True) -> None:
         """Handle `limit` messages (an event, or several of tasks); socket.timeout if none comes for
         `timeout` seconds. `wakeup` has the workers tell of themselves at once."""
-        heard = time.monotonic()
-        for came in self.looks(min(1.0, timeout or 1.0), wakeup):
-            if came:
-                heard, limit = time.monotonic(), limit and limit - 1
-            elif timeout and time.monotonic() - heard >= timeout:
-                raise _symbol("socket:timeout")("timed out")
-            if self.should_stop or limit == 0:
-                return
+        collections.deque(self.itercapture(limit, timeout, wakeup), 0)
 
-    def looks(self, wait: float, wakeup: bool = True) -> Iterator[bool]:
-        """Handle what comes while this generator is used: yield True after each message, and False
-        when none has come for `wait` seconds."""
-        conf = self.app.conf
+    def itercapture(
+        self, limit: Any = None, timeout: Any = None, wakeup: bool = True, wait: float = 1.0
+    ) -> Iterator[bool]:
+        """Do so while this generator is used: it yields True after each message, and False when it
+        begins to listen and when none has come for `wait` seconds."""
+        conf, heard = self.app.conf, time.monotonic()
         place = ("topic", conf.event_exchange, self.routing_key)
         with self.app.store.listening(*place, f"{conf.event_queue_prefix}.{uuid()}") as read:
+            yield False
             if wakeup:
                 self.app.control.broadcast("heartbeat")
             while True:
-                texts = read(wait)
-                for text in texts:
-                    self._handle(text)
-                    yield True
-                if not texts:
-                    yield False
+                texts = read(min(wait, timeout or wait))
+                for text in texts or [None]:
+                    if text is not None:
+                        self._handle(text)
+                        heard, limit = time.monotonic(), limit and limit - 1
+                    elif timeout and time.monotonic() - heard >= timeout:
+                        raise _symbol("socket:timeout")("timed out")
+                    yield text is not None
+                    if self.should_stop or limit == 0:
+                        return
 
     def _handle(self, text: str) -> None:
         try:
             events = [self._arrived(event) for event in _listed(decode_post(text)[0])]
-        except (MalformedMessage, LookupError, TypeError) as exc:
+        except (MalformedMessage, LookupError, TypeError, ValueError, AttributeError) as exc:
             logger.error("Received what is no event: %s", _repr(exc, 200))
             return
         for event in events:
@@ -5818,10 +5896,13 @@ class EventReceiver:
                 handler(event)
 
     def _arrived(self, event: dict[str, Any]) -> dict[str, Any]:
-        """Return an event with its time by the clock of this machine."""
-        self.app.clock.adjust(event.get("clock") or 0)
-        event["timestamp"] -= (event.get("utcoffset", _utc_offset()) - _utc_offset()) * 3600
-        return {**event, "type": event["type"], "local_received": time.time()}
+        """Return an event that has what handlers rely on; what it lacks is an exception."""
+        names = [event["hostname"], event["uuid"] if event["type"].startswith("task-") else ""]
+        is_dated = 0 <= event["timestamp"] < 1e11 and _is_number(event.get("freq", 0))
+        if not (is_dated and all(isinstance(name, str) for name in names)):
+            raise ValueError(_repr(event))
+        self.app.clock.adjust(event.get("clock"))
+        return {**event, "local_received": time.time()}
 
 
 class SeenWorker:
@@ -5833,6 +5914,9 @@ class SeenWorker:
     def __init__(self, hostname: str) -> None:
         self.hostname = hostname
 
+    def __repr__(self) -> str:
+        return f"<Worker: {self.hostname} ({self.status_string} clock:{self.clock})"
+
     @property
     def heartbeat_expires(self) -> float:
         """When it counts as gone unless it is heard of before, in seconds since the epoch."""
@@ -5842,6 +5926,11 @@ class SeenWorker:
     def alive(self) -> bool:
         """Whether it was heard of lately, and has not said that it ends."""
         return time.time() < self.heartbeat_expires
+
+    @property
+    def status_string(self) -> str:
+        """'ONLINE' if it is alive, or 'OFFLINE'."""
+        return "ONLINE" if self.alive else "OFFLINE"
 
 
 #: The states that a task's events tell of.
@@ -5867,13 +5956,17 @@ class SeenTask:
     def __init__(self, uuid: str) -> None:
         self.uuid = uuid
 
+    def __repr__(self) -> str:
+        return f"<Task: {self.name}({self.uuid}) {self.state} clock:{self.clock}>"
+
     def event(self, what: str, event: dict[str, Any]) -> None:
         """Take in an event, which may arrive after one that has happened later."""
         state = _TOLD_STATES.get(what, what.upper())
         fields = {**event, what: event["timestamp"], "state": state}
         if precedence(state) > precedence(self.state) and RETRY not in (state, self.state):
             del fields["state"], fields["timestamp"]
-        self.__dict__.update(fields)
+        # A field may have any name, but hides no method.
+        vars(self).update((k, v) for k, v in fields.items() if k not in ("event", "info"))
 
     def info(self, fields: Any = None, extra: Iterable[str] = ()) -> dict[str, Any]:
         """Return what is known of these attributes; by default of the call and how it ended."""
@@ -5890,6 +5983,9 @@ class State:
         self._limits = max_workers_in_memory, max_tasks_in_memory
         self.workers: dict[str, SeenWorker] = collections.OrderedDict()
         self.tasks: dict[str, SeenTask] = collections.OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"<State: events={self.event_count} tasks={self.task_count}>"
 
     def event(self, event: dict[str, Any]) -> None:
         """Take in an event."""
@@ -5915,6 +6011,19 @@ class State:
         """Return (id, task) pairs, those heard of last first; with `reverse=False` last."""
         pairs = reversed(self.tasks.items()) if reverse else iter(self.tasks.items())
         return itertools.islice(pairs, limit)
+
+    def tasks_by_type(self, name: str) -> Any:
+        """Return the pairs of tasks of this name."""
+        return (pair for pair in self.tasks_by_time() if pair[1].name == name)
+
+    def tasks_by_worker(self, hostname: str) -> Any:
+        """Return the pairs of tasks that this worker has, or had."""
+        worker = self.workers.get(hostname, "")
+        return (pair for pair in self.tasks_by_time() if pair[1].worker is worker)
+
+    def task_types(self) -> list[str]:
+        """Return the names of the tasks, sorted."""
+        return sorted({task.name for task in self.tasks.values() if task.name})
 
 
 def _newest(known: Any, key: str, make: Callable[[str], Any], limit: int) -> Any:
@@ -5979,10 +6088,10 @@ class schedule(BaseSchedule):  # noqa: N801
         self, run_every: Any = None, relative: bool = False, nowfun: Any = None, app: Any = None
     ) -> None:
         self.run_every = timedelta(seconds=run_every) if _is_number(run_every) else run_every
-        if not isinstance(self.run_every, timedelta):
-            expected = "expected seconds, a timedelta or crontab(...)"
+        if not isinstance(self.run_every, timedelta) or self.run_every <= timedelta(0):
+            expected = "expected seconds above 0, a timedelta or crontab(...)"
             raise TypeError(f"schedule {_repr(run_every, 60)}: {expected}")
-        self.relative, self.seconds = relative, max(self.run_every.total_seconds(), 0)
+        self.relative, self.seconds = relative, self.run_every.total_seconds()
         super().__init__(nowfun, app, (self.run_every, relative))
 
     def _follows(self, start: datetime) -> datetime:
@@ -6148,19 +6257,6 @@ _LOOK_SECONDS = 1.0  # how often the main process looks at its children at least
 _process_name = "MainProcess"  # as the log calls this one
 _LIMITED_MAX = 1000  # how many claims may wait for a rate limit before the worker claims no more
 
-#: Where a message names its task and its id: found without reading all of it.
-_HEAD = re.compile(rb'"task": ?"([^"\\]+)", ?"id": ?"([^"\\]+)"')
-
-
-def _head_of(claim: Claim) -> tuple[str, str]:
-    """Return the name and the id of a claim's task; both are empty if its message names none."""
-    match = _HEAD.search(claim.raw)
-    if match:
-        return match[1].decode(), match[2].decode()
-    with contextlib.suppress(MalformedMessage):
-        return claim.message.headers["task"], claim.message.headers["id"]
-    return "", ""
-
 
 class Pool:
     """Runs what the worker has claimed: a claim is held from `submit` until `collect` gives it."""
@@ -6174,39 +6270,39 @@ class Pool:
         self.depth = 1  # how many tasks to hand to one process at once: 1 unless they are tiny
         self.held: dict[int, Claim] = {}  # by ticket
         #: Seconds between two tasks of a name, where it has a rate limit, and when the next of them
-        #: may begin, by time.monotonic(); (name, claim) for those that wait for that.
+        #: may begin, by time.monotonic(); the claims that wait for that.
         self.limits: dict[str, float] = {}
         self.next: dict[str, float] = {}
-        self.later: list[tuple[str, Claim]] = []
+        self.later: list[Claim] = []
         self.waiting: collections.deque[Claim] = collections.deque()  # those not handed out yet
         self.stopping = False
         self._task_time = 0.0  # moving average, in seconds; 0: none seen yet
 
+    #: How many claims it has beside those that wait for a rate limit.
+    load = property(lambda pool: len(pool.held) - len(pool.later))
+
     def submit(self, claims: Sequence[Claim]) -> None:
         """Take claims to run, each when its rate limit allows; start missing processes."""
         self.held.update((claim.ticket, claim) for claim in claims)
-        named = [(_head_of(claim)[0] if self.limits else "", claim) for claim in claims]
-        now, candidates, self.later = time.monotonic(), [*self.later, *named], []
-        for name, claim in candidates:
+        now, candidates, self.later = time.monotonic(), [*self.later, *claims], []
+        for claim in candidates:
+            name = claim.head[0] if self.limits else ""
             at = self.next.get(name, 0.0)
             if at > now:
-                self.later.append((name, claim))
+                self.later.append(claim)
                 continue
             self.waiting.append(claim)
             if name in self.limits:  # that this worker is a little late makes the next one no later
                 self.next[name] = self.limits[name] + (at if now - at < 0.05 else now)
-        self._deal()
+        self._deal(len(candidates) - len(self.later))
 
-    def _deal(self) -> None:
-        """Have those claims run that wait."""
+    def _deal(self, more: int = 0) -> None:
+        """Have those claims run that wait, `more` of them since the last time."""
 
-    def collect(self) -> list[tuple[Claim, Outcome]]:
-        """Return claims that have come to an end, with their outcomes."""
-        finished = []
+    def collect(self, finished: list[tuple[Claim, Outcome]]) -> None:
+        """Add claims that have come to an end, with their outcomes."""
         for slot in self.slots:
-            if not slot.fresh:
-                continue
-            for ticket, outcome in slot.read():
+            for ticket, outcome in slot.read() if slot.fresh else ():
                 claim = self.held.pop(ticket, None)
                 if claim is not None:
                     weight = 0.1 if self._task_time else 1.0
@@ -6214,11 +6310,10 @@ class Pool:
                     finished.append((claim, outcome))
         if self._task_time:
             self.depth = max(1, min(_BATCH_MAX, int(_BATCH_SECONDS / self._task_time)))
-        return finished
 
     def room(self) -> int:
         """Return how many more messages to claim: Celery's prefetch, more while tasks are tiny."""
-        conf, held = self.worker.app.conf, len(self.held) - len(self.later)
+        conf, held = self.worker.app.conf, self.load
         if len(self.later) > _LIMITED_MAX:
             return 0
         if conf.worker_disable_prefetch:
@@ -6231,7 +6326,7 @@ class Pool:
     def rest(self, claimed: bool) -> None:
         """Let outcomes gather for the next batch: nap for half of the time for which there is work;
         if that is too short for falling asleep, and more has been `claimed`, run on a little."""
-        nap = min(0.005, len(self.held) // max(self.size, 1) * self._task_time / 2)
+        nap = min(0.005, self.load // max(self.size, 1) * self._task_time / 2)
         if nap > 0.0003:
             self.worker.bell.nap(nap)
         elif claimed and self.kills and self._task_time < 0.0002:
@@ -6240,12 +6335,16 @@ class Pool:
                 _yield_cpu()
 
     def take_back(self) -> list[Claim]:
-        """Return the claims that have not begun; they are held no more."""
-        back = [claim for _, claim in self.later]
-        self.later.clear()
+        """Return the claims that have not begun, in their order; they are held no more."""
+        back: list[Claim] = []
         with contextlib.suppress(IndexError):
             while True:  # threads take from it at the same time
                 back.append(self.waiting.popleft())
+        for claim in back if self.next else ():
+            if claim.head[0] in self.next:  # it has had its turn for nothing
+                self.next[claim.head[0]] -= self.limits.get(claim.head[0], 0.0)
+        back += self.later
+        self.later = []
         for claim in back:
             del self.held[claim.ticket]
         return back
@@ -6339,13 +6438,16 @@ def _limit_thread(seconds: float) -> Callable[[], None]:
 class SoloPool(Pool):
     """Runs tasks one by one in the worker's own thread."""
 
-    def collect(self) -> list[tuple[Claim, Outcome]]:
+    def collect(self, finished: list[tuple[Claim, Outcome]]) -> None:
         """Run tasks for some milliseconds, at least one."""
-        slot, until = self.worker.journal.slots[0], time.monotonic() + _BATCH_SECONDS
-        with allow_join_result(False):  # without room this thread would have to make it, itself
-            while self.waiting and slot.has_room and time.monotonic() < until:
-                _run_claim(self.worker, slot, self.waiting.popleft())
-        return super().collect()
+        worker, slot = self.worker, self.worker.journal.slots[0]
+        until = time.monotonic() + _BATCH_SECONDS
+        with allow_join_result(False):
+            while self.waiting and not worker.stopping and time.monotonic() < until:
+                if not slot.has_room:  # this thread would have to make it, itself
+                    break
+                _run_claim(worker, slot, self.waiting.popleft())
+        super().collect(finished)
 
     def rest(self, claimed: bool) -> None:
         """Go on: this is the thread that works."""
@@ -6359,14 +6461,14 @@ class ThreadPool(Pool):
         self._ready = threading.Semaphore(0)  # once for each claim, and for each thread at the end
         self._threads: list[threading.Thread] = []
 
-    def _deal(self) -> None:
-        if self.waiting:
-            self._ready.release(len(self.waiting))
+    def _deal(self, more: int = 0) -> None:
+        for _ in range(more):
+            self._ready.release()
         for slot in self.worker.journal.slots[len(self._threads) :]:
             name = f"ThreadPoolExecutor-0_{slot.index}"
             thread = threading.Thread(target=self._work, args=(slot,), name=name, daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _work(self, slot: Slot) -> None:
         with allow_join_result(False):
@@ -6385,7 +6487,8 @@ class ThreadPool(Pool):
     def stop(self, patience: float) -> None:
         """Let each thread end; a busy one cannot be killed, and ends with the process."""
         self.stopping = True
-        self._ready.release(len(self._threads))
+        for _ in self._threads:
+            self._ready.release()
         for thread in self._threads if patience else ():
             thread.join()
 
@@ -6398,8 +6501,9 @@ class Child:
         self.generation = generation  # of the app's tasks
         self.pid = 0
         self.status = 0  # how it ended
-        self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False)
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        self.reader, self.writer = open(reader, "rb", 0), open(writer, "wb", 0)
         make = getattr(os, "memfd_create", None)
         self.spool: Any = open(make("taskq"), "wb") if make else _symbol("tempfile:TemporaryFile")()
         self.spooled = 0  # where the payloads end that it may still read
@@ -6407,11 +6511,9 @@ class Child:
         self.done = 0  # how many it had finished when last looked at
         self.since = 0.0  # when it began the one after that
         self.retired = False  # gets no more tasks
-        #: Why a task was told to end: its ticket, "Soft", "Hard" or "Revoked", seconds or signal.
+        self.warned = 0  # the ticket of the task that was told of its soft limit
+        #: Why a task is to end: its ticket, "Hard" or "Revoked", seconds or signal.
         self.told: tuple[int, str, Any] = (0, "", 0)
-
-    #: Whether its spool may grow; it is used anew when all has been read.
-    has_space = property(lambda child: not child.given or child.spooled < 2**20)
 
     def is_stuck(self, now: float) -> bool:
         """See what it has finished; return whether it has kept the rest waiting for too long."""
@@ -6424,7 +6526,9 @@ class Child:
 
     def put(self, claims: Sequence[Claim], now: float) -> None:
         """Hand over claims, at most _BATCH_MAX."""
-        if not self.given:
+        if not self.given:  # it has read all
+            if self.spooled > 2**20:
+                self.spool.truncate(0)
             self.spooled, self.since = 0, now
         self.spool.seek(self.spooled)
         self.spool.write(b"".join(claim.raw for claim in claims))
@@ -6434,13 +6538,13 @@ class Child:
             tokens.append(_TOKEN.pack(claim.ticket, self.spooled, len(claim.raw)))
             self.spooled += len(claim.raw)
         self.given += claims
-        os.write(self.writer, b"".join(tokens))
+        self.writer.write(b"".join(tokens))
 
     def retire(self) -> None:
         """Let it end after what it has begun; its other tasks have been taken back."""
         if not self.retired:
             self.retired = True
-            os.write(self.writer, _STOP)
+            self.writer.write(_STOP)
 
     def kill(self, signum: int) -> None:
         """Send it a signal."""
@@ -6454,10 +6558,9 @@ class Child:
             pid, self.status = os.waitpid(pid, os.WNOHANG)
         if pid:
             self.retired = True
-            os.close(self.reader)
-            os.close(self.writer)
             self.spool.truncate(0)  # its siblings may have inherited it
-            self.spool.close()
+            for file in (self.reader, self.writer, self.spool):
+                file.close()
         return bool(pid)
 
 
@@ -6477,19 +6580,18 @@ class PreforkPool(Pool):
         self._numbers = itertools.count(1)
         self._futile = -1.0  # when a child last died without having begun anything
 
-    def collect(self) -> list[tuple[Claim, Outcome]]:
-        """Return outcomes, and see what has become of the children."""
+    def collect(self, finished: list[tuple[Claim, Outcome]]) -> None:
+        """Add outcomes, and see what has become of the children."""
         dead = [child for child in self.children if child.slot.has_room and child.has_ended()]
         self._deal()
-        finished = super().collect()
+        super().collect(finished)
         for child in dead:
             self._bury(child)
         now = time.monotonic()
         looks = [self._keep_limits(child, now) for child in self.children]
         self.patience = min(looks, default=_LOOK_SECONDS)
-        return finished
 
-    def _deal(self) -> None:
+    def _deal(self, more: int = 0) -> None:
         """Hand waiting claims to idle children, then evenly; take back what stuck ones have."""
         self._refill()
         now, depth = time.monotonic(), self.depth
@@ -6498,7 +6600,7 @@ class PreforkPool(Pool):
                 self._unload(child)
         while self.waiting:
             able = [child for child in self.children if not (child.retired or child.is_stuck(now))]
-            able = [child for child in able if len(child.given) < depth and child.has_space]
+            able = [c for c in able if len(c.given) < depth and (c.spooled < 2**20 or not c.given)]
             if not able:
                 return
             child = min(able, key=lambda child: len(child.given))
@@ -6507,10 +6609,7 @@ class PreforkPool(Pool):
 
     def _unload(self, child: Child) -> None:
         """Take back what a child has not begun."""
-        unread = b""
-        if not child.retired:
-            with contextlib.suppress(BlockingIOError):
-                unread = os.read(child.reader, _TOKEN.size * _BATCH_MAX)
+        unread = b"" if child.retired else child.reader.read(_TOKEN.size * _BATCH_MAX) or b""
         kept = len(child.given) - len(unread) // _TOKEN.size
         self.waiting.extendleft(reversed(child.given[kept:]))
         del child.given[kept:]
@@ -6533,7 +6632,8 @@ class PreforkPool(Pool):
         for child in leaves:
             self._unload(child)
             child.retire()
-        missing = self.size - sum(not child.retired for child in self.children)
+        # One that is retired, but still busy, has its place until it ends.
+        missing = self.size - sum(not c.retired or c.slot.begun[0] > 0 for c in self.children)
         if missing <= 0 or self.stopping or time.monotonic() < self._futile + 1.0:
             return
         used, slots = {child.slot for child in self.children}, self.worker.journal.slots
@@ -6548,7 +6648,7 @@ class PreforkPool(Pool):
         method = worker.app.conf.worker_pool_start_method
         name = f"{method.title()}PoolWorker-{next(self._numbers)}"
         child = Child(slot, name, worker.app.generation)
-        order = (name, slot.index, child.reader, child.spool.fileno())
+        order = (name, slot.index, child.reader.fileno(), child.spool.fileno())
         _flush_output()
         if method == "spawn":
             child.pid = _spawn(worker, order)
@@ -6570,11 +6670,19 @@ class PreforkPool(Pool):
 
     def terminate(self, ticket: int, signum: int, what: str = "") -> None:
         for child in self.children if ticket else ():
-            if child.slot.begun[0] == ticket:
-                self._unload(child)  # so that it can begin nothing else before it is hit
-                if child.slot.begun[0] == ticket:
-                    child.told = ticket, "Revoked", signum
-                    child.kill(signum)
+            if signum == signal.SIGUSR1:
+                child.slot.interrupted = ticket
+            if self._hit(child, ticket, signum):
+                child.told = ticket, "Revoked", signum
+
+    def _hit(self, child: Child, ticket: int, signum: int) -> bool:
+        """Send a signal to a child if it runs this claim; return whether it does."""
+        if child.slot.begun[0] == ticket:
+            self._unload(child)  # so that it can begin nothing else before it is hit
+        is_meant = child.slot.begun[0] == ticket
+        if is_meant:
+            child.kill(signum)
+        return is_meant
 
     def _bury(self, child: Child) -> None:
         """Note the end of the task that a dead child was running; give the others back."""
@@ -6586,8 +6694,8 @@ class PreforkPool(Pool):
         how = f"exitcode {os.WEXITSTATUS(child.status)}"
         if os.WIFSIGNALED(child.status):
             number = os.WTERMSIG(child.status)
-            names = (known.name for known in signal.Signals if known == number)
-            how = f"signal {number} ({next(names, '?')})"
+            name = next((known.name for known in signal.Signals if known == number), "?")
+            how = f"signal {number} ({name})"
         if child.status and not (running or child.slot.executed):
             self._futile = time.monotonic()
         told, kind, limit = child.told
@@ -6606,21 +6714,22 @@ class PreforkPool(Pool):
     def _keep_limits(self, child: Child, now: float) -> float:
         """Keep the time limits of what a child runs; return the seconds until the next look."""
         ticket, (began, soft, hard) = child.slot.begun[0], child.slot.times
-        claim, kind, limit = self.held.get(ticket), "Soft", soft
+        claim = self.held.get(ticket)
+        kind, limit, signum, is_told = "Soft", soft, signal.SIGUSR1, child.warned == ticket
         if 0 < hard <= now:
-            kind, limit = "Hard", hard
-            self._unload(child)  # so that it can begin nothing else before it is killed
-        has_passed = 0 < limit <= now and child.slot.begun[0] == ticket
-        if claim is not None and has_passed and child.told[:2] != (ticket, kind):
+            kind, limit, signum, is_told = "Hard", hard, signal.SIGKILL, child.told[1] == "Hard"
+        if claim and 0 < limit <= now and not is_told and self._hit(child, ticket, signum):
             seconds = round(limit - began, 3)
-            seconds = int(seconds) if seconds == int(seconds) else seconds
-            child.told = ticket, kind, seconds
-            child.retired = child.retired or kind == "Hard"
-            child.kill(signal.SIGKILL if kind == "Hard" else signal.SIGUSR1)
-            level = logging.ERROR if kind == "Hard" else logging.WARNING
+            seconds = int(seconds) if seconds.is_integer() else seconds
+            level, child.warned = logging.WARNING, ticket
+            if kind == "Hard":
+                level, child.retired, child.told = logging.ERROR, True, (ticket, kind, seconds)
             text, headers = "%s time limit (%ss) exceeded for %s[%s]", claim.message.headers
             worker_logger.log(level, text, kind, seconds, headers["task"], headers["id"])
-        may_be_stuck = len(child.given) > 1 or child.told[1] == "Hard"
+        # One that has tasks and runs none is about to begin or has ended; as has, while others
+        # wait, one without any.
+        is_between = not ticket and bool(child.given or self.waiting)
+        may_be_stuck = len(child.given) > 1 or is_between or child.told[1] == "Hard"
         wanted = _STUCK_SECONDS if may_be_stuck else _LOOK_SECONDS
         return min([wanted, *(limit - now for limit in (soft, hard) if limit > now)])
 
@@ -6652,7 +6761,8 @@ def _be_child(worker: Any, name: str, index: int, reader: int, spool: int) -> No
     slot, status = worker.journal.slots[index], 1
 
     def soft_limit(signum: int, frame: Any) -> None:
-        if 0 < slot.times[1] <= time.monotonic():  # else the task that was meant has ended
+        # Else the task that was meant has ended.
+        if 0 < slot.times[1] <= time.monotonic() or slot.interrupted == slot.begun[0]:
             raise SoftTimeLimitExceeded()
 
     try:
@@ -6740,14 +6850,11 @@ def _spawn(worker: Worker, order: Sequence[Any]) -> int:
     ]
     if not homes:
         raise ImproperlyConfigured("the start method 'spawn' needs an app that a module holds")
-    paths = (worker.journal.path, worker.bell.path)
     logs = worker.log_options if task_logger.handlers or setup_logging.receivers else None
-    letter = (homes[0], worker.hostname, worker.overrides, paths, logs, order)
-    code = (
-        f"import sys, importlib; main = {main!r}; sys.path[:] = main['sys_path']; "
-        f"own = importlib.import_module({__name__!r}); "
-        f"own._be_spawned({worker.pid}, main, {pickle.dumps(letter)!r})"
-    )
+    about = (worker.hostname, worker.overrides, worker.journal.path, worker.bell.path)
+    letter = (homes[0], *about, logs, order)
+    code = f"import sys; sys.path[:] = {main['sys_path']!r}; import {__name__} as own; "
+    code += f"own._be_spawned({worker.pid}, {main!r}, {pickle.dumps(letter)!r})"
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     command = [sys.executable, *flags, "-c", code]
     process = subprocess.Popen(command, pass_fds=order[2:], stdin=subprocess.DEVNULL)
@@ -6764,7 +6871,7 @@ def _be_spawned(parent: int, main: dict[str, Any], letter: bytes) -> NoReturn:
     _process_name = main["name"]
     _die_with_parent(parent)
     multiprocessing.spawn.prepare(main)  # the letter may name what the script defines
-    address, hostname, overrides, (journal, bell), logs, order = pickle.loads(letter)
+    address, hostname, overrides, journal, bell, logs, order = pickle.loads(letter)
     app = _symbol(address)
     app.conf.update(overrides)
     app.import_default_modules()
@@ -6787,33 +6894,38 @@ def _be_spawned(parent: int, main: dict[str, Any], letter: bytes) -> NoReturn:
 
 #: A command of workers. run: its function. kind: 'inspect' (it asks) or 'control' (it changes).
 #: args: names of its arguments, and what converts each word of the command line; variadic: the name
-#: of the list of the words that follow; signature: what help shows of them.
+#: of the list of the words that follow; signature: what help shows of them; alias: a second name;
+#: default_timeout: how many seconds the command line waits for replies.
 Command = collections.namedtuple(
-    "Command", "run kind help args signature variadic visible", defaults=("", (), "", None, True)
+    "Command",
+    "run kind help args signature variadic visible alias default_timeout",
+    defaults=("", (), "", None, True, None, 1.0),
 )
 #: The commands that workers know, by name, and those of Celery's that they do not.
 COMMANDS: dict[str, Command] = {}
 _NO_COMMANDS = "election memdump memsample objgraph pool_restart revoke_by_stamped_headers".split()
 
 
-def inspect_command(name: str | None = None, kind: str = "inspect", **options: Any) -> Any:
+def inspect_command(*, name: str | None = None, kind: str = "inspect", **options: Any) -> Any:
     """Make a function a command of `inspect`: `@inspect_command(args=[("n", int)])`.
 
-    It is called with the worker's Pidbox and the arguments by name; what it returns, which JSON must
-    hold, is the reply. Options: fields of Command; help is by default the docstring's first line.
+    It is called with the worker's Pidbox and the arguments by name, and returns the reply, which
+    JSON must hold. Options: fields of Command; help is by default the docstring's first line.
     """
 
     def register(run: Any) -> Any:
         about = {"help": (run.__doc__ or "").strip().partition("\n")[0], **options}
-        COMMANDS[name or run.__name__] = Command(run, kind, **about)
+        COMMANDS[name or run.__name__] = command = Command(run, kind, **about)
+        if command.alias:
+            COMMANDS[command.alias] = command._replace(visible=False)
         return run
 
     return register
 
 
-def control_command(name: str | None = None, **options: Any) -> Any:
+def control_command(**options: Any) -> Any:
     """Make a function a command of `control`, as `inspect_command` does; it returns {"ok": ...}."""
-    return inspect_command(name, "control", **options)
+    return inspect_command(kind="control", **options)
 
 
 def find_command(name: str, *kinds: str) -> Command:
@@ -6822,7 +6934,7 @@ def find_command(name: str, *kinds: str) -> Command:
         return COMMANDS[name]
     known = sorted(n for n, each in COMMANDS.items() if each.kind in kinds and each.visible)
     hint = _hint(str(name), known, 0.6).replace(": did", ". Did") or "."
-    why = f"not recognized{hint} Available {kinds[0]} commands: {', '.join(known)}"
+    why = f"not recognized{hint} Available {' and '.join(kinds)} commands: {', '.join(known)}"
     why = "is Celery's: taskq does not have it." if name in _NO_COMMANDS else why
     raise AttributeError(f"Command {name} {why}")
 
@@ -6832,8 +6944,7 @@ def command_arguments(command: Command, args: Sequence[Any]) -> dict[str, Any]:
     found: dict[str, Any] = {name: arg for (name, _), arg in zip(command.args, args)}
     rest = list(args[len(command.args) :])
     if command.variadic:
-        is_list = len(rest) == 1 and isinstance(rest[0], list)
-        found[command.variadic] = rest[0] if is_list else rest
+        found[command.variadic] = _listed(rest[0]) if len(rest) == 1 else rest
     elif rest:
         raise TypeError("too many arguments")
     return found
@@ -6869,16 +6980,18 @@ class Pidbox:
         if worker.store.foreign:  # it keeps no revokes: ask the others
             others = self.app.control.inspect(timeout=3.0)
             known = others.hello(self.hostname, list(worker.revoked)) or {}
-            for reply in known.values():
-                self.merge(**(reply or {}))
+            for node, reply in known.items():
+                try:
+                    self.merge(**(reply or {}))
+                except TypeError as exc:
+                    worker_logger.error("Cannot sync with %s: %r", node, exc)
         place = exchange, "", f"{self.hostname}.{exchange}"
         self.inbox = worker.store.subscribe("fanout", *place, worker.bell)
-        self.close: Callable[[], None] = self.inbox.close
 
-    def merge(self, revoked: Iterable[str] | None = (), clock: int = 0) -> None:
-        """Take over what another worker knows."""
+    def merge(self, revoked: Iterable[str] | None = None, clock: int = 0) -> None:
+        """Take over what another worker knows; TypeError if that is something else."""
         self.app.clock.adjust(clock)
-        for id in revoked or ():
+        for id in map(str, revoked or ()):
             self.worker.revoked.setdefault(id, time.time() + _REVOKE_SECONDS)
 
     def handle(self) -> None:
@@ -6886,7 +6999,7 @@ class Pidbox:
         for text in self.inbox.read():
             try:
                 request, headers = decode_post(text)
-                self.app.clock.adjust(headers.get("clock") or 0)
+                self.app.clock.adjust(headers.get("clock"))
                 to, pattern, matcher = map(request.get, ("destination", "pattern", "matcher"))
                 is_meant = not (pattern and matcher) or _MATCHERS[matcher](self.hostname, pattern)
                 if self.hostname in to if to else is_meant:
@@ -6901,7 +7014,8 @@ class Pidbox:
             reply = find_command(method, "inspect", "control").run(self, **(arguments or {}))
             _json_encode(reply)
         except Exception as exc:
-            worker_logger.error("pidbox command error: %r", exc, exc_info=True)
+            is_known = str(method) in COMMANDS
+            worker_logger.error("pidbox command error: %r", exc, exc_info=is_known)
             reply = {"error": "unknown task" if isinstance(exc, NotRegistered) else repr(exc)}
         if reply_to:
             headers = {"ticket": ticket, "clock": self.app.clock.forward()}
@@ -6911,10 +7025,16 @@ class Pidbox:
 
     # -- commands --------------------------------------------------------------------------------
 
-    def about(self, rows: Iterable[Any], safe: Any = False) -> Iterator[dict[str, Any]]:
-        """Yield what Celery says of tasks, from rows (claim, when it began, pid) of those that a
-        worker has; `safe`: arguments by their repr. What is no task is passed over."""
-        for claim, *more in rows:
+    def tasks(self, state: str, safe: Any = False) -> Iterator[Any]:
+        """Yield a pair for each task that is scheduled, reserved or active here: what Celery says
+        of it, and its ETA; `safe`: arguments by their repr. What is no task is passed over."""
+        worker = self.worker
+        rows: dict[str, Callable[[], Any]] = {
+            "scheduled": lambda: zip(worker.store.scheduled(worker.queue_names)),
+            "reserved": lambda: zip(worker.reserved()),
+            "active": worker.pool.active,
+        }
+        for claim, *more in rows[state]():
             with contextlib.suppress(MalformedMessage):
                 headers = claim.message.headers
                 args, kwargs = headers.get("argsrepr"), headers.get("kwargsrepr")
@@ -6926,24 +7046,13 @@ class Pidbox:
                 about.update(type=name, hostname=self.hostname, time_start=began, worker_pid=pid)
                 about["acknowledged"] = began is not None and not (task and task.acks_late)
                 about["delivery_info"] = request_of(claim.message, (), {}, {}, "").delivery_info
-                yield about
-
-    @inspect_command()
-    def scheduled(self) -> Any:
-        """List of currently scheduled ETA/countdown tasks."""
-        claims = self.worker.store.scheduled(self.worker.queue_names)
-        etas = {claim.message.id: claim.message.headers.get("eta") for claim in claims}
-        abouts = self.about([claim] for claim in claims)
-        return [{"eta": etas[each["id"]], "priority": 6, "request": each} for each in abouts]
+                yield about, headers.get("eta")
 
     @inspect_command(variadic="ids", signature=_IDS)
     def query_task(self, ids: Any) -> Any:
         """Query for task information by id."""
-        waiting = self.worker.store.scheduled(self.worker.queue_names)
-        rows: list[Any] = [("scheduled", [claim]) for claim in waiting]
-        rows += [("reserved", [claim]) for claim in self.worker.reserved()]
-        rows += [("active", row) for row in self.worker.pool.active()]
-        found = ((state, about) for state, row in rows for about in self.about([row]))
+        ids, states = _listed(ids), ("scheduled", "reserved", "active")
+        found = ((state, about) for state in states for about, _ in self.tasks(state))
         return {about["id"]: (state, about) for state, about in found if about["id"] in ids}
 
     @inspect_command(variadic="taskinfoitems", signature="[attr1 [attr2 [... [attrN]]]]")
@@ -6969,11 +7078,10 @@ class Pidbox:
     @inspect_command()
     def active_queues(self) -> Any:
         """List the task queues a worker is currently consuming from."""
-        found = []
-        for name, exchange, key in self.worker.queues:
-            about = {"name": exchange.name, "type": exchange.type, **_EXCHANGE}
-            found.append({"name": name, "exchange": about, "routing_key": key, **_QUEUE})
-        return found
+        return [
+            {**_QUEUE, "name": name, "exchange": {**_EXCHANGE, **at._asdict()}, "routing_key": key}
+            for name, at, key in self.worker.queues
+        ]
 
     @inspect_command()
     def stats(self) -> Any:
@@ -7002,7 +7110,7 @@ class Pidbox:
     @control_command(variadic="task_id", signature=_IDS)
     def revoke(self, task_id: Any, terminate: Any = False, signal: Any = None) -> Any:
         """Revoke task by task id (or list of ids)."""
-        ids = {task_id} if isinstance(task_id, str) else set(task_id or ())
+        ids = set(map(str, _listed(task_id)))
         ended = ", ".join(self.worker.revoke(ids, bool(terminate), signal or "TERM"))
         text = f"terminate: {ended or 'tasks unknown'}"
         return {"ok": text if terminate else f"tasks {ids} flagged as revoked"}
@@ -7025,11 +7133,6 @@ class Pidbox:
         worker_logger.info("New rate limit for tasks of type %s: %s.", task_name, rate_limit)
         return {"ok": "new rate limit set successfully"}
 
-    @control_command(args=[("signal", str)], variadic="task_id", signature=f"<signal> {_IDS}")
-    def terminate(self, signal: Any, task_id: Any) -> Any:
-        """Terminate task by task id (or list of ids)."""
-        return self.revoke(task_id, True, signal)
-
     @control_command(
         args=[("task_name", str), ("soft", float), ("hard", float)],
         signature="<task_name> <soft_secs> [hard_secs]",
@@ -7037,15 +7140,15 @@ class Pidbox:
     def time_limit(self, task_name: str, soft: Any = None, hard: Any = None) -> Any:
         """Tell worker(s) to modify the time limit for task by type."""
         conf, task = self.app.conf, self.app.tasks[task_name]
-        if not (_is_limit(soft) and _is_limit(hard)) or (soft or 0) > (hard or 1e9):
+        most = conf.task_time_limit if hard is None else hard
+        least = conf.task_soft_time_limit if soft is None else soft
+        if not (_is_limit(least) and _is_limit(most)) or (least or 0) > (most or 1e9):
             raise ValueError(f"soft={soft!r}, hard={hard!r}: expected seconds, soft below hard")
-        task.time_limit = conf.task_time_limit if hard is None else hard
-        task.soft_time_limit = conf.task_soft_time_limit if soft is None else soft
-        changes = {"time_limit": task.time_limit, "soft_time_limit": task.soft_time_limit}
-        known = dict(conf.task_annotations or {})
-        known[task_name] = {**known.get(task_name, {}), **changes}
+        limits = {"time_limit": most, "soft_time_limit": least}
+        vars(task).update(limits)
+        known = self.worker.overrides.get("task_annotations") or conf.task_annotations or {}
+        known = {**known, task_name: {**known.get(task_name, {}), **limits}}
         self.worker.overrides["task_annotations"] = known  # for children that are spawned
-        conf.update(task_annotations=known)
         self.app.generation += 1  # children that know the old limits are replaced
         text = "New time limits for tasks of type %s: soft=%s hard=%s"
         worker_logger.info(text, task_name, soft, hard)
@@ -7061,6 +7164,7 @@ class Pidbox:
     ) -> Any:  # fmt: skip
         """Tell worker(s) to consume from task queue by name."""
         router, kind = self.app.router, Exchange(exchange or queue, exchange_type or "direct")
+        "".join((queue, kind.name, routing_key or "")).encode()  # what is no text is an error now
         if queue not in router.queues:
             router.add(Queue(queue, kind, routing_key or queue))
         if queue not in self.worker.queue_names:
@@ -7091,7 +7195,7 @@ class Pidbox:
         if self.worker.autoscaled:
             why = "is not supported with autoscale. Adjust autoscale range instead."
             return {"error": f"pool_{how} {why}"}
-        self.worker.pool.resize(self.worker.pool.size + (n if how == "grow" else -n))
+        self.worker.pool.resize(self.worker.pool.size + int(n if how == "grow" else -n))
         return {"ok": f"pool will {how}"}
 
     def set_events(self, on: bool) -> Any:
@@ -7108,21 +7212,28 @@ class Pidbox:
 
 
 _N = [("n", int)], "[N=1]"
-_DEFAULTS = [("with_defaults", lambda text: text.lower() == "true")], "[include_defaults=False]"
 for _name, _kind, _help, _run, *_more in (
     ("ping", "inspect", "Ping worker(s).", lambda state: {"ok": "pong"}),
     ("revoked", "inspect", "List of revoked task-ids.", lambda state: list(state.worker.revoked)),
     ("active", "inspect", "List of tasks currently being executed.",
-     lambda state, safe=False: list(state.about(state.worker.pool.active(), safe)),
+     lambda state, safe=False: [about for about, _ in state.tasks("active", safe)],
      [("safe", bool)]),
     ("reserved", "inspect", "List of currently reserved tasks, not including scheduled/active.",
-     lambda state: list(state.about([claim] for claim in state.worker.reserved()))),
+     lambda state: [about for about, _ in state.tasks("reserved")]),
+    ("scheduled", "inspect", "List of currently scheduled ETA/countdown tasks.",
+     lambda state: [{"eta": eta, "priority": 6, "request": about}
+                    for about, eta in state.tasks("scheduled")]),
     ("clock", "inspect", "Get current logical clock value.",
      lambda state: {"clock": state.app.clock.value}),
     ("report", "inspect", "Information about the installation for bug reports.",
      lambda state: {"ok": state.app.bugreport()}),
     ("conf", "inspect", "List configuration.",
-     lambda state, with_defaults=False: state.app.conf.table(with_defaults), *_DEFAULTS),
+     lambda state, with_defaults=False: state.app.conf.table(with_defaults),
+     [("with_defaults", lambda text: text.lower() in ("1", "true", "yes"))],
+     "[include_defaults=False]"),
+    ("terminate", "control", "Terminate task by task id (or list of ids).",
+     lambda state, signal, task_id: state.revoke(task_id, True, signal),
+     [("signal", str)], f"<signal> {_IDS}", "task_id"),
     ("pool_grow", "control", "Grow pool by n processes/threads.",
      lambda state, n=1: state.resize("grow", n), *_N),
     ("pool_shrink", "control", "Shrink pool by n processes/threads.",
@@ -7140,9 +7251,9 @@ for _name, _kind, _help, _run, *_more in (
 class Inspect:
     """Asks an app's workers: `app.control.inspect(["w1@example.com"]).active()`.
 
-    It has a method for each command of `inspect` that Pidbox and you define, with its arguments:
-    conf(True), query_task("id1", "id2"). They return {node: reply}, or None if nobody answers; for a
-    single name as the destination its reply. Other options are those of `Control.broadcast`.
+    It has a method for each command of `inspect`, your own too, with its arguments: conf(True),
+    query_task("id1", "id2"). They return {node: reply}, or None if nobody answers; for a single
+    name as the destination its reply. Other options are those of `Control.broadcast`.
     """
 
     def __init__(self, control: Control, destination: Any = None, **options: Any) -> None:
@@ -7152,25 +7263,27 @@ class Inspect:
 
     def __getattr__(self, name: str) -> Any:
         command = find_command(name, "inspect")
-        given = functools.partial(command_arguments, command)
-        return lambda *args, **named: self._request(name, **{**given(args), **named})
 
-    def _request(self, command: str, **arguments: Any) -> Any:
-        replies = self._control.broadcast(command, arguments, reply=True, **self._options)
-        found = {node: reply for each in replies for node, reply in each.items()}
-        return found.get(self.node) if self.node else found or None
+        def ask(*args: Any, **named: Any) -> Any:
+            arguments = {**command_arguments(command, args), **named}
+            replies = self._control.broadcast(name, arguments, reply=True, **self._options)
+            found = {node: reply for each in replies for node, reply in each.items()}
+            return found.get(self.node) if self.node else found or None
+
+        return ask
 
 
 class Control:
     """Remote control of an app's workers: `app.control`.
 
-    It has a method for each command of `control` that Pidbox and you define, with its arguments, and
-    options of `broadcast`: time_limit("tasks.add", soft=60, hard=120, reply=True). The destination
-    may also be the last argument.
+    It has a method for each command of `control`, your own too, with its arguments and options of
+    `broadcast`: time_limit("tasks.add", soft=60, hard=120, reply=True). The destination may also be
+    the last argument.
     """
 
     def __init__(self, app: TaskQ) -> None:
         self.app = app
+        self.inspect = functools.partial(Inspect, self)
 
     def broadcast(
         self, command: str, arguments: Any = None, destination: Any = None, connection: Any = None,
@@ -7198,8 +7311,7 @@ class Control:
         if command in ("revoke", "terminate"):
             _signal_number(arguments.get("signal") or "TERM")
             if not destination and not pattern:
-                ids = arguments["task_id"]
-                store.revoke([ids] if isinstance(ids, str) else ids, _REVOKE_SECONDS)
+                store.revoke(map(str, _listed(arguments["task_id"])), _REVOKE_SECONDS)
         exchange = f"{self.app.conf.control_exchange}.pidbox"
         headers = {"clock": clock.forward(), "expires": time.time() + timeout if timeout else 0}
         body = {"method": command, "arguments": arguments, "destination": destination}
@@ -7221,7 +7333,7 @@ class Control:
                     break
                 for text in texts[: limit - len(replies)]:
                     found, headers = decode_post(text)
-                    clock.adjust(headers.get("clock") or 0)
+                    clock.adjust(headers.get("clock"))
                     replies.append(found)
                     last = time.monotonic()
                     if callback is not None:
@@ -7252,13 +7364,9 @@ class Control:
         """Revoke tasks and end the processes where they run."""
         return self.revoke(task_id, destination, True, **options)
 
-    def inspect(self, *args: Any, **options: Any) -> Inspect:
-        """Return what asks workers: `app.control.inspect().active()`; arguments as Inspect's."""
-        return Inspect(self, *args, **options)
-
-    def ping(self, destination: Any = None, **options: Any) -> Any:
+    def ping(self, destination: Any = None, timeout: float | None = 1.0, **options: Any) -> Any:
         """Return [{node: {'ok': 'pong'}}, ...]."""
-        return self.broadcast("ping", None, destination, reply=True, **options)
+        return self.broadcast("ping", None, destination, None, True, timeout, **options)
 
     def purge(self, connection: Any = None) -> int:
         """Delete the messages that wait in the app's queues; return how many there were."""
@@ -7308,8 +7416,11 @@ def _remote_command(app: TaskQ, options: Any) -> None:
         arguments = command_arguments(command, converted + words[len(converted) :])
         replies = app.control.broadcast(
             name, arguments, _name_list(options.destination) or None, reply=True,
-            timeout=options.timeout or 1.0, callback=None if options.json else show,
+            timeout=options.timeout or command.default_timeout,
+            callback=None if options.json else show,
         )  # fmt: skip
+    except OperationalError as exc:
+        raise CommandError(f"Could not connect to the store. Reason: {exc}", 69) from None
     except AttributeError as exc:
         raise CommandError(str(exc) if name else "Missing argument 'COMMAND'") from None
     except (TypeError, ValueError) as exc:
@@ -7334,15 +7445,13 @@ class _LogFormatter(logging.Formatter):
 
     COLORS = {"DEBUG": 34, "WARNING": 33, "ERROR": 31, "CRITICAL": 35}
 
-    def __init__(self, fmt: str, color: bool) -> None:
-        super().__init__(fmt)
-        self.color = color
+    color = False  # whether to use them
 
     def format(self, record: logging.LogRecord) -> str:
         record.processName = _process_name
         task, request = _thread.stack[-1] if _thread.stack else (None, None)
-        record.__dict__.setdefault("task_name", task.name if task is not None else "???")
-        record.__dict__.setdefault("task_id", request.id if request is not None else "???")
+        record.__dict__.setdefault("task_name", getattr(task, "name", "???"))
+        record.__dict__.setdefault("task_id", getattr(request, "id", "???"))
         text = super().format(record)
         code = self.COLORS.get(record.levelname) if self.color else None
         return f"\033[1;{code}m{text}\033[0m" if code else text
@@ -7381,9 +7490,7 @@ def configure_logging(
     app: TaskQ, loglevel: int, logfile: str | None, color: Any, index: int = 0
 ) -> None:
     """Set up a worker's log as Celery does; a receiver of `setup_logging` does it instead.
-
-    index: that of the pool's process, for a file of its own; 0 for the main process.
-    """
+    index: that of the pool's process, for a file of its own; 0 for the main process."""
     conf, stream = app.conf, sys.__stderr__
     logfile = logfile and log_path(logfile, index)
     for default in (conf.worker_log_color, not logfile and stream is not None and stream.isatty()):
@@ -7405,12 +7512,13 @@ def configure_logging(
             handler: Any = logging.StreamHandler(stream)
             if logfile:
                 handler = _symbol("logging.handlers:WatchedFileHandler")(logfile)
-            handler.setFormatter(_LogFormatter(fmt, color))
+            handler.setFormatter(_LogFormatter(fmt))
+            handler.formatter.color = color
             log.addHandler(handler)
             log.setLevel(loglevel)
         after_setup.send(logger=log, format=fmt, **named)
     if conf.worker_redirect_stdouts:
-        level = logging.getLevelName(conf.worker_redirect_stdouts_level)
+        level = _log_level(conf.worker_redirect_stdouts_level)
         sys.stdout = sys.stderr = _LogStream(level)  # type: ignore[assignment]
 
 
@@ -7487,16 +7595,13 @@ class Worker:
         if "include" in found:
             found["include"] = [*_name_list(conf.include), *_name_list(found["include"])]
         self.overrides = found  # settings, which spawned children take too
-        self._replaced = {name: conf[name] for name in found}
-        conf.update(found)
-        app.import_default_modules()
-        self.pool_name = conf.worker_pool
-        self.concurrency = _count(conf.worker_concurrency)
+        self.replaced = {name: conf[name] for name in found}  # put back at the end
+        self.pool_name = found.get("worker_pool", conf.worker_pool)
+        self.concurrency = _count(found.get("worker_concurrency", conf.worker_concurrency))
         #: The most and the fewest processes, where their number follows the work.
         self.autoscaled: Any = own.autoscale and _most_and_least(own.autoscale)
-        level = own.loglevel or "WARNING"
         self.log_options: dict[str, Any] = {
-            "loglevel": level if isinstance(level, int) else logging.getLevelName(level.upper()),
+            "loglevel": _log_level(own.loglevel or "WARNING"),
             "logfile": own.logfile and os.path.abspath(node_format(own.logfile, self.hostname)),
             "color": False if own.no_color else None,
         }
@@ -7506,6 +7611,8 @@ class Worker:
         self.ready = threading.Event()
         self._unsettled: list[tuple[Claim, Any]] = []
         self._begun: set[int] = set()  # tickets of running tasks that were announced
+        conf.update(found)
+        app.import_default_modules()
 
     def start(self) -> int:
         """Run until told to stop; return the exit status."""
@@ -7545,7 +7652,6 @@ class Worker:
         path = self.app.conf.worker_state_db
         url = path and "sqlite:///" + os.path.abspath(node_format(path, self.hostname))
         self.memory = open_store(url, {}) if url else self.app.store  # of revokes
-        self.revoked = self.memory.revoked()  # until when, by id
 
     def setup(self) -> None:
         """Open what the worker needs."""
@@ -7555,19 +7661,19 @@ class Worker:
         self.owner = int.from_bytes(os.urandom(7), "big")
         for other in Journal.others(self.store.folder):
             if other.info["node"] == self.hostname and not other.lock_whole():
-                text = "DuplicateNodenameWarning: another worker (pid %s) is called %s too: give "
-                text += "each its own name with -n"
-                worker_logger.warning(text, other.info["pid"], self.hostname)
+                who = f"(pid {other.info['pid']}) is called {self.hostname}"
+                why = f"another worker {who} too: give each its own name with -n"
+                worker_logger.warning("DuplicateNodenameWarning: %s", why)
         self.bell = self.store.bells.open()
         pool = POOLS[self.pool_name]
         size = self.autoscaled[1] if self.autoscaled else self.concurrency
         size = 1 if pool is SoloPool else size
-        path = os.path.join(self.store.folder, f"{self.owner:x}.journal")
-        slots = 2 * size + 2 if pool.kills else size
-        self.journal = Journal(path, {"node": self.hostname, "slots": slots})
+        about = {"node": self.hostname, "slots": 2 * size + 2 if pool.kills else size}
+        self.journal = Journal(os.path.join(self.store.folder, f"{self.owner:x}.journal"), about)
         self.pool: Pool = pool(self, size)
         self.dispatcher = EventDispatcher(hostname=self.hostname, app=self.app)
         self.set_events(self.app.conf.worker_send_task_events)
+        self.revoked = self.memory.revoked()  # until when, by id
         if self.app.conf.worker_enable_remote_control:
             self.control = Pidbox(self)
         self.serve(self.queues)
@@ -7611,8 +7717,6 @@ class Worker:
             self.heartbeat("worker-offline")
             if self.beat is not None:
                 self.beat.stop()
-            if self.control is not None:
-                self.control.close()
             self.pool.stop(10.0 if self.stopping == "warm" else 0.0)
             # With what is not settled the journal stays, for the worker that recovers it.
             self.journal.close(remove=not (self.pool.held or self._unsettled))
@@ -7621,18 +7725,21 @@ class Worker:
             self.store.bells.sweep()
             self.memory.close()
             self.app.close()
-            self.app.conf.update(self._replaced)
+            self.app.conf.update(self.replaced)
         return self.exitcode
 
     def _turn(self, claiming: bool = True) -> None:
         """Settle what has ended, claim what there is room for, hand it out; sleep if idle."""
         pool, bell, now = self.pool, self.bell, time.monotonic()
         try:
+            if self._limits_of != self.app.generation:
+                self.read_limits()
             if now - self._attended > 0.2:
                 self._attend()
             if now - self._looked > 1.0:
                 self._housekeeping()
-            self._unsettled = finished = self._unsettled + pool.collect()
+            finished = self._unsettled
+            pool.collect(finished)
             room = max(pool.room(), 0) if claiming and self.queues else 0
             limit = room if self._hungry else 0
             claims = self._settle(self.owner, finished, limit) if finished or limit else []
@@ -7646,13 +7753,11 @@ class Worker:
             if events:
                 self.dispatcher.publish(events)
             self._begun.difference_update(claim.ticket for claim, _ in finished)
-            if self._limits_of != self.app.generation:
-                self.read_limits()
             if claims:
                 self._busy = now
                 self._announce(claims)
                 claims = self._discard(claims)
-                self.total.update(_head_of(claim)[0] for claim in claims)
+                self.total.update(claim.head[0] for claim in claims)
             if claims or pool.later:
                 pool.submit(claims)
             if claims and self.autoscaled:
@@ -7665,8 +7770,8 @@ class Worker:
                 ready, self._due = self.store.look(self.queue_names) if room else (False, None)
                 self._hungry = self._hungry or ready
             else:
-                wanted = min([pool.patience, *(pool.next[name] - now for name, _ in pool.later)])
-                if self._watched and len(self._begun) < min(len(pool.held), pool.size):
+                wanted = min([pool.patience, *(pool.next[c.head[0]] - now for c in pool.later)])
+                if self._watched and len(self._begun) < min(pool.load, pool.size):
                     wanted = min(wanted, 0.2)  # to see what begins
                 if self._due is not None and room:
                     wanted = min(wanted, max(0.0, self._due - time.time()))
@@ -7686,16 +7791,16 @@ class Worker:
             held, running = self.pool.held, dict(slot.begun for slot in self.pool.slots)
             begun = {ticket for ticket, flags in running.items() if flags != DECODING}
             new = [held[ticket] for ticket in begun - self._begun if ticket in held]
-            self._begun.update(claim.ticket for claim in new)
             early = [claim for claim in new if not running[claim.ticket]]
             if early and self.store.foreign:
                 self.store.begun(early)
+            self._begun.update(claim.ticket for claim in new)
             if new:
-                self.dispatcher.publish([("task-started", {"uuid": _head_of(c)[1]}) for c in new])
+                self.dispatcher.publish([("task-started", {"uuid": c.head[1]}) for c in new])
 
     def _discard(self, claims: list[Claim]) -> list[Claim]:
         """Return the claims that are not revoked; note the end of the others."""
-        gone = [c for c in claims if _head_of(c)[1] in self.revoked] if self.revoked else []
+        gone = [c for c in claims if c.head[1] in self.revoked] if self.revoked else []
         self._unsettled += [(c, lost(self.app, c, TaskRevokedError("revoked"))) for c in gone]
         return [claim for claim in claims if claim not in gone]
 
@@ -7758,7 +7863,8 @@ class Worker:
         if self.autoscaled:
             self.scale()
         if before // 30 != self._looked // 30:
-            self.store.sweep()
+            for store in {self.store, self.memory}:
+                store.sweep()
             kept = [(id, until) for id, until in self.revoked.items() if until > time.time()]
             self.revoked = dict(kept[-_REVOKES_MAX:])
 
@@ -7774,48 +7880,52 @@ class Worker:
         send the process of one that runs here a signal, a name or number, and return the ids of
         those that were here. NotImplementedError without such processes, ValueError."""
         ids, signum = set(ids), _signal_number(signal)
-        if terminate:
-            self.pool.terminate(0, signum)  # nobody, but it says whether it can
         self.revoked.update(dict.fromkeys(ids, time.time() + _REVOKE_SECONDS))
         self.memory.revoke(ids, _REVOKE_SECONDS)
-        running = {_head_of(claim)[1]: claim.ticket for claim, _, _ in self.pool.active()}
-        here = {id for _, id in map(_head_of, self.pool.held.values())} & ids
+        here = {claim.head[1] for claim in self.pool.held.values()} & ids
         if here:
             self.pool.submit(self._discard(self.pool.take_back()))
+        running = {claim.head[1]: claim.ticket for claim, _, _ in self.pool.active()}
         self._end_elsewhere(ids - here)
         if not terminate:
             worker_logger.info("Tasks flagged as revoked: %s", ", ".join(ids))
             return set()
+        self.pool.terminate(0, signum)  # nobody, but it says whether it can
         for id in here:
             worker_logger.info("Terminating %s (Signals.%s)", id, signum.name)
             self.pool.terminate(running.get(id, 0), signum)
         return here
 
     def _end_elsewhere(self, ids: set[str]) -> None:
-        """Give revoked tasks that no worker has claimed their end at once: they may wait long."""
+        """Give revoked tasks that no worker has claimed their end at once: they may wait long, as
+        with an ETA. Their messages are discarded in their time."""
         for journal in Journal.others(self.store.folder):
-            ids = ids - {_head_of(claim)[1] for claim in self.store.claims_of(journal.owner)}
+            ids = ids - {claim.head[1] for claim in self.store.claims_of(journal.owner)}
         known, exc = self.app.backend.get_results(list(ids)), TaskRevokedError("revoked")
-        waits = [id for id in ids if known.get(id, (PENDING,))[0] in UNREADY_STATES - {STARTED}]
-        rows = [result_row(self.app, Context(id=id), REVOKED, exc) for id in waits]
-        self.app.backend.put_results(rows)
+        ids = {id for id in ids if known.get(id, (PENDING,))[0] in UNREADY_STATES - {STARTED}}
+        rows = [result_row(self.app, Context(id=id), REVOKED, exc) for id in ids]
+        due_later = self.store.scheduled(self.queue_names) if ids else ()
+        ends = [lost(self.app, claim, exc) for claim in due_later if claim.head[1] in ids]
+        rows += [row for end in ends for row in end.results]  # also of what waits for them
+        ready = self.app.backend.put_results(rows, [part for end in ends for part in end.parts])
+        self.store.publish([*ready, *(delivery for end in ends for delivery in end.publish)])
 
     def read_limits(self) -> None:
         """Learn the rate limits of the tasks; what waits for one waits anew."""
-        self._limits_of, limits = self.app.generation, {}
-        for name, task in self.app.tasks.items():
-            rate = 0.0 if self.app.conf.worker_disable_rate_limits else _rate(task.rate_limit)
-            if rate:
-                limits[name] = 1 / rate
-        self.pool.limits, back = limits, self.pool.take_back()
-        self.pool.next.clear()
-        self.pool.submit(back)
+        self._limits_of = self.app.generation
+        tasks = {} if self.app.conf.worker_disable_rate_limits else self.app.tasks
+        rates = {name: _rate(task.rate_limit) for name, task in tasks.items()}
+        limits = {name: 1 / rate for name, rate in rates.items() if rate}
+        if limits != self.pool.limits:
+            self.pool.limits, back = limits, self.pool.take_back()
+            self.pool.next.clear()
+            self.pool.submit(back)
 
     def scale(self) -> None:
         """Have a process for each task that is held; fewer only after 30 s without a new one."""
         (most, least), size = self.autoscaled, self.pool.size
         keepalive = float(os.environ.get("AUTOSCALE_KEEPALIVE", 30))
-        wanted = max(least, min(most, len(self.pool.held) - len(self.pool.later)))
+        wanted = max(least, min(most, self.pool.load))
         is_idle = time.monotonic() - self._busy > keepalive
         if wanted > size or size > most or is_idle and wanted < size:
             text = "Scaling up %s processes." if wanted > size else "Scaling down %s processes."
@@ -7846,8 +7956,8 @@ class Worker:
     # -- the end ---------------------------------------------------------------------------------
 
     def stop(self, how: str = "warm", exitcode: int = 0) -> None:
-        """Ask the worker to end: 'warm' lets running tasks finish, 'cold' ends them."""
-        self.stopping = how
+        """Ask the worker to end: 'warm' lets running tasks finish, 'cold' ends them, and stays."""
+        self.stopping = "cold" if self.stopping == "cold" else how
         self.exitcode = exitcode
         with contextlib.suppress(RuntimeError):  # eventlet lets no signal handler write
             self.bell.ring()
@@ -7874,7 +7984,8 @@ class Worker:
             worker_logger.error("The store cannot be used: %s. The next worker settles.", exc)
 
     def _install_signals(self, stack: contextlib.ExitStack) -> None:
-        """Install the worker's handlers; `stack` puts back those they replace."""
+        """Install the worker's handlers; `stack` puts back those they replace, but a HUP is ignored
+        until a worker that is to start anew has a handler for it again."""
         # Where there is a terminal, a HUP says that it has gone.
         hup_restarts = not (sys.__stdout__ and sys.__stdout__.isatty())
 
@@ -7882,20 +7993,25 @@ class Worker:
             if os.getpid() != self.pid:
                 return
             name = signal.Signals(signum).name
-            self.restarting = name == "SIGHUP" and hup_restarts  # what came before is overruled
+            # Any other signal overrules a HUP, before or after it.
+            begins = self.stopping is None or self.restarting
+            self.restarting = name == "SIGHUP" and hup_restarts and begins
             is_first = name == "SIGINT" and self.stopping is None
             status = int(name in ("SIGINT", "SIGQUIT"))
-            cold = status > is_first
-            how = "Cold" if cold else "Warm"
+            how = "Cold" if status > is_first else "Warm"
             text = f"\nworker: {how} shutdown (MainProcess)\n"
             if is_first:
                 text = f"\nworker: Hitting Ctrl+C again will terminate all running tasks!\n{text}"
             with contextlib.suppress(OSError, RuntimeError):  # print may be what it interrupts
                 os.write(2, text.encode())
             worker_shutting_down.send(sender=self.hostname, sig=name, how=how, exitcode=status)
-            self.stop("cold" if cold else self.stopping or "warm", status)
-            if cold and _thread.stack:  # a task of the solo pool, which nothing else can end
+            self.stop(how.lower(), status)
+            if how == "Cold" and _thread.stack:  # a task of the solo pool: nothing else ends that
                 raise WorkerTerminate(1)
+
+        def put_back(signum: int, before: Any) -> None:
+            is_hup = signal.Signals(signum).name == "SIGHUP"
+            signal.signal(signum, signal.SIG_IGN if is_hup and self.restarting else before)
 
         handlers: dict[str, Any] = dict.fromkeys(("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"), stop)
         handlers["SIGUSR1"] = lambda *_: faulthandler.dump_traceback(2)
@@ -7903,7 +8019,7 @@ class Worker:
             handlers["SIGCHLD"] = lambda *_: self.bell.ring()
         for name in handlers.keys() & set(dir(signal)):  # Windows has two of them
             signum = getattr(signal, name)
-            stack.callback(signal.signal, signum, signal.signal(signum, handlers[name]))
+            stack.callback(put_back, signum, signal.signal(signum, handlers[name]))
 
     def banner(self) -> str:
         """Return what a worker prints when it starts."""
@@ -7944,11 +8060,14 @@ def _count(concurrency: Any) -> int:
 
 def _most_and_least(text: str) -> tuple[int, int]:
     """Return the most and the fewest processes that --autoscale gives, '10,3'."""
+    why = ""
     with contextlib.suppress(ValueError):
         most, least = map(int, f"{text},0".split(",")[:2])
         if 0 <= least <= most > 0:
             return most, least
-    raise ImproperlyConfigured(f"autoscale {text!r}: expected MAX,MIN, as in 10,3")
+        if least > most:
+            why = f"the most, {most}, is below the fewest, {least}: "
+    raise ImproperlyConfigured(f"autoscale {text!r}: {why}expected MAX,MIN, as in 10,3")
 
 
 def _signal_number(name: Any) -> Any:
@@ -8012,7 +8131,10 @@ class BackgroundWorker:
         pool = "threads" if interactive or not self.app.store.shared else "prefork"
         name = f"background{os.getpid()}-{os.urandom(2).hex()}"
         worker = Worker(self.app, **{"pool": pool, "hostname": name, **self.options})
-        worker.setup()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.app.conf.update, worker.replaced)
+            worker.setup()
+            undo.pop_all()  # `run` does it
         if worker.pool.kills and "IPython" in sys.modules:
             shell = sys.modules["IPython"].get_ipython()
             if shell is not None:
@@ -8070,7 +8192,7 @@ def _entry(app: TaskQ, name: str, given: Any) -> tuple[str, BaseSchedule, Signat
         when = when if isinstance(when, BaseSchedule) else schedule(when, relative)
         when.app = app
         return name, when, Signature.from_dict(given, app)
-    except (TypeError, ValueError, AttributeError) as exc:
+    except (TypeError, ValueError, OverflowError, AttributeError) as exc:
         raise ImproperlyConfigured(f"beat_schedule[{name!r}]: {exc}") from None
 
 
@@ -8091,10 +8213,12 @@ class Beat:
         self.entries = {f"{app.main}:{entry[0]}": entry for entry in entries}
         self.last: dict[str, float] = {}  # when each last ran, in seconds since the epoch
         self._stopped, self._ticking = threading.Event(), threading.Lock()
-        if self.path and os.path.exists(self.path):
+        if self.path:
             try:
-                with open(self.path) as file:
-                    self.last = {key: float(last) for key, last in json.load(file).items()}
+                with open(self.path, "a+") as file:  # what cannot be written is an error now
+                    file.seek(0)
+                    known = json.loads(file.read() or "{}")
+                self.last = {key: float(last) for key, last in known.items()}
             except (ValueError, TypeError, AttributeError):
                 text = f"{self.path} is no file of beat's: name another one, or remove it"
                 raise ImproperlyConfigured(text) from None
@@ -8131,9 +8255,13 @@ class Beat:
         before, self.last = self.last, last
         soonest = min(map(self._look, self.entries), default=float("inf"))
         if self.path and before != self.last:
-            with open(self.path + ".new", "w") as file:
-                json.dump(self.last, file)
-            os.replace(self.path + ".new", self.path)
+            try:
+                new = f"{self.path}.{threading.get_native_id()}"  # for this beat alone
+                with open(new, "w") as file:
+                    json.dump(self.last, file)
+                os.replace(new, self.path)
+            except OSError as exc:
+                beat_logger.error("beat: Cannot keep the last runs in a file: %s", exc)
         return min(max(soonest - time.time(), 0), self.max_interval)
 
     def _look(self, key: str) -> float:
@@ -8154,6 +8282,7 @@ class Beat:
             raise
         except Exception:  # its arguments cannot be serialized, say
             beat_logger.exception("beat: %s cannot be sent", name)
+            app.store.publish((), run=(key, last, now))  # it waits for its next run
         return now + wait
 
 
@@ -8190,9 +8319,10 @@ def _execute(python: str, options: Any) -> NoReturn:
     """Go on in this process as that interpreter, which runs this program with these options."""
     import subprocess
 
+    main: Any = sys.modules["__main__"]  # with a spec after python -m proj.celery
+    program = getattr(main, "__file__", sys.argv[0])  # absolute, whatever the directory is now
     words = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    spec = sys.modules["__main__"].__spec__  # of python -m proj.celery
-    words += [*(["-m", spec.name] if spec else sys.argv[:1]), options.command]
+    words += [*(["-m", main.__spec__.name] if main.__spec__ else [program]), options.command]
     for name, value in vars(options).items():
         if value is not None and name not in ("command", "executable"):
             option = "--" + name.replace("_", "-")
@@ -8209,6 +8339,9 @@ def _settle_in(options: Any) -> None:
     restart does not take them up again. CommandError if one cannot be."""
     if options.workdir:
         os.chdir(options.workdir)
+    for name in {"logfile", "pidfile"} & vars(options).keys():
+        path = getattr(options, name)
+        setattr(options, name, path and os.path.abspath(path))
     given = {name: vars(options).pop(name, None) for name in ("workdir", "umask", "gid", "uid")}
     if given["umask"] is not None:
         os.umask(given["umask"])
@@ -8236,28 +8369,35 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
         with open(f"/proc/{pid}/stat") as file:  # of Linux
             return file.read().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, OverflowError):
+    except ProcessLookupError:
         return False
     except OSError:
         return True
 
 
+def _open_pid_file(path: str, mode: str) -> Any:
+    """Open a pid file; CommandError if that is no file, as a pipe, which would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CommandError(f"{path} is no file: expected the path of a pid file", 1)
+    return open(path, mode)
+
+
 def _read_pid(file: Any, exclusive: bool) -> tuple[int, bool]:
-    """Return the number in a pid file, 0 if there is none, and whether its process has locked it."""
+    """Return the number in a pid file, 0 if there is none, and whether its process locks it."""
     file.seek(0)
-    text = file.read().strip()
+    found = re.fullmatch(rb"\s*([0-9]{1,9})\s*", file.read(99))
     locked = True
     with contextlib.suppress(OSError):
-        if fcntl is not None:
-            fcntl.lockf(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        if fcntl is not None:  # a lock by lockf would go when a task opens and closes the file
+            fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         locked = False
-    return int(text) if text.isdecimal() else 0, locked
+    return int(found[1]) if found else 0, locked
 
 
 @contextlib.contextmanager
 def _pid_file(path: str) -> Iterator[None]:
     """Hold a pid file, locked, while the body runs; CommandError, status 73, if another does."""
-    with open(path, "a+") as file:
+    with _open_pid_file(path, "ab+") as file:
         pid, locked = _read_pid(file, exclusive=True)
         if locked or pid not in (0, os.getpid()) and _is_alive(pid):
             text = f"Pidfile ({path}) already exists. Seems we're already running? (pid: {pid})"
@@ -8265,8 +8405,10 @@ def _pid_file(path: str) -> Iterator[None]:
         if file.tell() and pid != os.getpid():  # it has its own after a restart
             print(f"Stale pidfile {path} exists - Removing it.", file=sys.stderr)
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
+        file.write(b"%d\n" % os.getpid())
         file.flush()
+        if hasattr(os, "fork"):  # a task's own child may outlive this process, and lock for it
+            os.register_at_fork(after_in_child=file.close)
         try:
             yield
         finally:
@@ -8275,11 +8417,9 @@ def _pid_file(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _daemon(options: Any) -> Iterator[None]:
-    """Run the body in the background if `detach` says so, with the pid file that `pidfile` names.
-
-    In the background there is no terminal and no parent, and stderr is `logfile`. The process in
-    the foreground ends when the pid file is there; with status 73 if it cannot be.
-    """
+    """Run the body with the pid file `pidfile`, and in the background if `detach` says so: without
+    a terminal and a parent, stderr being `logfile`. The process in the foreground ends when the pid
+    file is there; with status 73 if it cannot be."""
     if options.detach:
         if not hasattr(os, "fork"):
             raise CommandError("--detach needs a platform with fork")
@@ -8315,8 +8455,8 @@ class Node:
         options = {"--pidfile": "%n.pid", "--logfile": "%n%I.log", **options, "-n": name}
         self.argv = [options.pop("--executable", sys.executable), *command]
         for option, value in options.items():
-            options[option] = text = self.expand(value or "")
-            words = [option, text] if text else [option]
+            options[option] = self.expand(value)
+            words = list(filter(None, (option, options[option])))
             self.argv += ["=".join(words)] if option.startswith("--") else words
         home = options.get("--workdir", "")
         self.pidfile = os.path.join(home, options["--pidfile"])
@@ -8330,8 +8470,9 @@ class Node:
         """Start it, in the background, and say how that went; `status` is its exit status."""
         import subprocess
 
-        text = f"  {' '.join(self.argv)}\n" if verbose else ""
-        print(f"{title}{self.name}: {text}", end="", flush=True)
+        print(f"{title}{self.name}: ", end="", flush=True)
+        if verbose:
+            print("", " ".join(self.argv), flush=True)
         for path in (self.pidfile, self.logfile):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self.status = subprocess.call(self.argv)
@@ -8346,10 +8487,11 @@ class Node:
     def is_running(self) -> bool:
         """Return whether the worker runs; CommandError if its pid file is not that of a worker."""
         for seconds in (0.2, 0.8, 0.0):  # one that starts anew has no lock for a moment
-            if not os.path.exists(self.pidfile):
+            try:
+                with _open_pid_file(self.pidfile, "rb") as file:
+                    self.pid, locked = _read_pid(file, exclusive=False)
+            except FileNotFoundError:
                 return False
-            with open(self.pidfile) as file:
-                self.pid, locked = _read_pid(file, exclusive=False)
             if self.pid and (locked or not _is_alive(self.pid)):
                 return locked
             time.sleep(seconds)
@@ -8376,29 +8518,30 @@ def _multi_nodes(words: list[str]) -> list[Node]:
     actions = _parser("worker")._actions
     valueless = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
     names: list[str] = []
-    common: dict[str, Any] = {}
-    special: list[tuple[str, str, Any]] = []  # (option, for which nodes, value)
-    left = iter(words)
-    for word in left:
+    common: dict[str, str] = {}
+    special: list[tuple[str, str, str]] = []  # (option, for which nodes, value)
+    left = [*words]
+    while left:
+        word = left.pop(0)
         match = re.fullmatch(r"(-[^-]|--[^:=]+)(?::([^=]+))?=?(.*)", word)
         if match is None:
             names.append(word)
             continue
         option, where, value = match.groups()
-        if not value and option not in valueless:
-            value = next(left, "")
+        if not value and option not in valueless and left and not left[0].startswith("-"):
+            value = left.pop(0)
         if where:
             special.append((option, where, value))
         else:
             common[option] = value
-    host = common.pop("-n", None) or common.pop("--hostname", None) or _hostname()
+    host = common.pop("-n", "") or common.pop("--hostname", "") or _hostname()
     prefix = common.pop("--range-prefix", "celery")
     command = common.pop("--cmd", "").split() or [__file__, "worker", "--detach"]
     if len(names) == 1 and names[0].isdecimal():
         names = [f"{prefix}{number}" for number in range(1, int(names[0]) + 1)]
-    if not names:
+    if not names or "--" in names:  # what follows it would be for all of them
         raise CommandError("which nodes? Name them, as in multi start w1 w2, or say how many")
-    here = f"{host.partition('.')[0]}@{host}"
+    here = f"{_hostname().partition('.')[0]}@{_hostname()}"
     names = [node_format(name if "@" in name else f"{name}@{host}", here) for name in names]
     own = [dict(common) for _ in names]
     for option, where, value in special:
@@ -8413,10 +8556,12 @@ def _stop_nodes(nodes: list[Node], signum: signal.Signals, wait: bool, down: Any
     for node in nodes:
         if node not in running:
             down(node)
-    if running:
+    if running and signum != signal.SIGKILL:
         print("> Stopping nodes...")
     for node in running:
-        print(f"\t> {node.name}: {signum.name[3:]} -> {node.pid}")
+        text = f"\t> {node.name}: {signum.name[3:]} -> {node.pid}"
+        text_of_kill = f"Sending KILL to node {node.name} ({node.pid})"
+        print(text_of_kill if signum == signal.SIGKILL else text)
         with contextlib.suppress(ProcessLookupError):
             os.kill(node.pid, signum)
     while wait and running:
@@ -8461,16 +8606,12 @@ def _multi_command(_: Any, options: Any) -> int:
             print("> Starting nodes...")
             for node in nodes:
                 node.start("\t> ", "--verbose" in flags)
-        elif command == "kill":
-            for node in nodes:
-                if node.is_running():
-                    print(f"Sending KILL to node {node.name} ({node.pid})")
-                    os.kill(node.pid, signal.SIGKILL)
-                else:
-                    node.say_down()
         else:
+            signum = signal.SIGKILL if command == "kill" else signum
             down = Node.start if command == "restart" else Node.say_down
-            _stop_nodes(nodes, signum, command != "stop", down)
+            # A worker starts anew at a HUP in the same process: there is no end to wait for.
+            wait = command not in ("stop", "kill") and signum != signal.SIGHUP
+            _stop_nodes(nodes, signum, wait, down)
     return int(any(node.status for node in nodes))
 
 
@@ -8478,7 +8619,8 @@ def _multi_command(_: Any, options: Any) -> int:
 # 19. Monitors
 # ---------------------------------------------------------------------------------------------
 
-_WORKER_WORDS = {"online": "started", "offline": "shutdown", "heartbeat": "heartbeat"}
+_EVENT_WORDS = {"worker-online": "started", "worker-offline": "shutdown"}
+_EVENT_WORDS["worker-heartbeat"] = "heartbeat"
 
 
 def _dump_events(app: TaskQ) -> None:
@@ -8487,22 +8629,22 @@ def _dump_events(app: TaskQ) -> None:
 
     def show(event: dict[str, Any]) -> None:
         state.event(event)
-        (kind, _, what), id = event["type"].partition("-"), event.get("uuid", "")
-        said, hidden = f"{kind} {what}:".replace("-", " "), ["type", "timestamp", "hostname"]
-        if kind == "worker":
-            said = f"{_WORKER_WORDS.get(what, what)}:"
-        elif kind == "task":
-            task, hidden = state.tasks[id], [*hidden, "uuid", "name", "args", "kwargs"]
-            known = f"{task.name}({id}) args={task.args} kwargs={task.kwargs}"
+        type, hidden = event["type"], ["type", "timestamp", "hostname"]
+        said = f"{_EVENT_WORDS.get(type, type.replace('-', ' '))}:"
+        if type.startswith("task-"):
+            task, hidden = state.tasks[event["uuid"]], [*hidden, "uuid", "name", "args", "kwargs"]
+            known = f"{task.name}({task.uuid}) args={task.args} kwargs={task.kwargs}"
             said += f" {known if task.name else ''}"
         more = ", ".join(f"{name}={event[name]}" for name in sorted(event.keys() - hidden))
         when = datetime.fromtimestamp(event["timestamp"], timezone.utc)
         print(f"{event['hostname']} [{when}] {said} {more}", flush=True)
 
     while True:
-        print("-> evdump: starting capture...", flush=True)
         try:
-            EventReceiver(handlers={"*": show}, app=app).capture()
+            looks = EventReceiver(handlers={"*": show}, app=app).itercapture()
+            next(looks)  # it listens
+            print("-> evdump: starting capture...", flush=True)
+            collections.deque(looks, 0)
         except OperationalError as exc:
             print(f"-> Connection lost, attempting reconnect: {exc}", flush=True)
             time.sleep(1.0)
@@ -8517,7 +8659,7 @@ _TASK_PAGES: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     "i": ("Task details", lambda task: _pairs(task.info(extra=["state"]))),
     "e": ("Task arguments", lambda task: _pairs(task.info(["args", "kwargs"]))),
     "r": ("Task result", lambda task: [str(task.result or task.exception)]),
-    "t": ("Task exception traceback", lambda task: (task.traceback or "").splitlines()),
+    "t": ("Task exception traceback", lambda task: str(task.traceback).splitlines()),
 }
 
 
@@ -8537,20 +8679,19 @@ class EventScreen:
         self.shown: list[str] = []  # the ids of the tasks on the screen
         self.selected = ""  # the id of one of them
         self.page: list[str] = []  # a title and lines, until a key is pressed
-        self.running = True
 
     def run(self) -> None:
         """Show what happens until a key ends it."""
         self.window.nodelay(True)
         drawn, receiver = 0.0, EventReceiver(handlers={"*": self.state.event}, app=self.app)
-        for came in receiver.looks(0.05):
+        for came in receiver.itercapture(wait=0.05):
             key, now = self.window.getch(), time.monotonic()
+            if key in (ord("q"), ord("Q")) and not self.page:
+                return
             if key in (self.curses.KEY_RESIZE, 12):  # ^L: something has spoilt the screen
                 self.window.clearok(True)
             elif key != -1:
                 self.press(key)
-            if not self.running:
-                return
             if key != -1 or now - drawn > (0.1 if came else 0.5):
                 self.draw()
                 drawn = now
@@ -8562,8 +8703,6 @@ class EventScreen:
         key, task = names.get(number, chr(number).lower()), self.state.tasks.get(self.selected)
         if self.page:
             self.page = []
-        elif key == "q":
-            self.running = False
         elif key == "w":
             about = "{0.hostname}: alive={0.alive} active={0.active} processed={0.processed}"
             self.page = ["Workers", *map(about.format, self.state.workers.values())]
@@ -8620,9 +8759,7 @@ class EventScreen:
         """Return a line for each task, > before the selected one, and at the bottom what is known
         of that, the workers, counts and keys."""
         state, third = self.state, (width - 22) // 3
-        row = (
-            f"{{}}{{:<{third}.{third}}} {{:<{third}.{third}}} {{:<{third}.{third}}} {{:8}} {{:8.8}}"
-        )
+        row = "{}" + f"{{:<{third}.{third}}} " * 3 + "{:8} {:8.8}"
         lines = [row.format(" ", "UUID", "WORKER", "TASK", "TIME", "STATE")]
         tasks = list(state.tasks_by_time(height - 6))
         self.shown = [id for id, _ in tasks]
@@ -8630,7 +8767,7 @@ class EventScreen:
             host = task.worker.hostname if task.worker else "*NONE*"
             when = time.strftime("%H:%M:%S", time.gmtime(task.timestamp))
             mark = ">" if id == self.selected else " "
-            lines.append(row.format(mark, id, host, task.name or "?", when, task.state))
+            lines.append(row.format(mark, id, host, str(task.name or "?"), when, task.state))
         chosen, alive = state.tasks.get(self.selected), [w.hostname for w in state.alive_workers()]
         about = " ".join(f"{k}={v}" for k, v in chosen.info().items()) if chosen else ""
         counts = f"tasks:{state.task_count} workers:{len(alive)}/{len(state.workers)}"
@@ -8684,38 +8821,33 @@ def _app_in(place: Any) -> TaskQ | None:
 
 
 def find_app(name: str) -> TaskQ:
-    """Return the app that `--app` names, 'proj' or 'proj.celery:app'; CommandError if it is none.
-
-    In a module it is `app`, else `celery`, else any app; in a package without one, the same in its
-    submodule `celery`.
-    """
+    """Return the app that `--app` names, 'proj' or 'proj.celery:app', a package that has none by
+    its submodule `celery`; CommandError if it is none."""
     if name.startswith(".") or "/" in name or name.endswith(".py"):
         guess = re.sub(r"\.py$", "", name).strip("./").replace("/", ".")
         raise CommandError(f"-A {name}: expected a module, as in -A {guess or 'proj'}")
-    module_name, _, attribute = name.partition(":")
-    module = _import_if_there(module_name)
-    if module is None and "." in module_name and not attribute:
-        return find_app(":".join(module_name.rsplit(".", 1)))
-    place: Any = module
-    for part in filter(None, attribute.split(".")):
-        place = getattr(place, part, None)
+    try:
+        place = _symbol(name)
+    except ImportError as exc:
+        module = name.partition(":")[0]
+        why = f"The module {module} was not found."
+        if exc.name == name and isinstance(exc.__context__, AttributeError):
+            why = str(exc.__context__).replace("module", "Module", 1)
+        elif type(exc) is ImportError or not f"{module}.".startswith(f"{exc.name}."):
+            raise  # what the module imports is missing
+        raise CommandError(f"Unable to load celery application.\n{why}") from None
     found = _app_in(place)
-    if found is None and not attribute and hasattr(module, "__path__"):
-        found = _app_in(_import_if_there(f"{module_name}.celery"))
-    if found is not None:
-        return found
-    why = f"{name!r} has no app: looked for its attributes 'app' and 'celery', any TaskQ, and a "
-    why += "submodule 'celery'"
-    if module is None:
-        why = f"The module {module_name} was not found."
-    elif place is None:
-        why = f"Module {module_name!r} has no attribute {attribute!r}"
-    raise CommandError(f"Unable to load celery application.\n{why}")
+    if found is None and hasattr(place, "__path__"):
+        found = _app_in(_import_if_there(f"{place.__name__}.celery"))
+    if found is None:
+        why = "looked for its attributes 'app' and 'celery', any TaskQ, and a submodule 'celery'"
+        raise CommandError(f"Unable to load celery application.\n{name!r} has no app: {why}")
+    return found
 
 
 def _discover_app() -> TaskQ:
     """Return the one app in the current directory; CommandError if there is none, or several."""
-    places = ["tasks.py", "app.py", "main.py", "celeryapp.py", "*/celery.py", "*/tasks.py"]
+    places = "tasks.py app.py main.py celeryapp.py */celery.py */tasks.py".split()
     looked = [path for place in places for path in sorted(_symbol("glob:glob")(place))]
     found: dict[TaskQ, str] = {}
     for path in looked:
@@ -8727,12 +8859,12 @@ def _discover_app() -> TaskQ:
             found.setdefault(app, module)
     if len(found) == 1:
         return next(iter(found))
-    why = f"no app was found in {os.getcwd()} (looked at: {', '.join(looked or places)}). "
-    why += "Name the module that makes it:"
-    if found:
-        why = f"there are {len(found)} apps here, in {_names(found.values())}; say which:"
-    module = next(iter(found.values()), "MODULE")
-    raise CommandError(f"{why}\n    python {os.path.basename(__file__)} -A {module} worker")
+    why = f"no app was found in {os.getcwd()} (looked at: {', '.join(looked or places)})"
+    why = f"there are {len(found)} apps here, in {_names(found.values())}" if found else why
+    example = (
+        f"python {os.path.basename(__file__)} -A {next(iter(found.values()), 'MODULE')} worker"
+    )
+    raise CommandError(f"{why}. Name the module of yours:\n    {example}")
 
 
 def _configured_app(options: Any, app: TaskQ | None) -> TaskQ:
@@ -8765,8 +8897,7 @@ def _worker_command(app: TaskQ, options: Any) -> int:
     known = {*Worker.OPTIONS, *_OPTION_SETTINGS}
     worker = Worker(app, **{name: v for name, v in vars(options).items() if name in known})
     options.logfile = worker.log_options["logfile"]
-    if options.pidfile:
-        options.pidfile = os.path.abspath(node_format(options.pidfile, worker.hostname))
+    options.pidfile = options.pidfile and node_format(options.pidfile, worker.hostname)
     if options.detach:
         worker.check()  # what cannot be started is said while there is a terminal
         app.close()
@@ -8837,13 +8968,12 @@ settings -> broker:{_mask_url(app.store.uri())} results:{_mask_url(app.backend.u
 
 def _demo_command(_: Any, options: Any) -> int:
     """Count the lines and words of the standard library with a prefork worker, and check it."""
-    from pathlib import Path
-
-    library = Path(os.__file__).parent
-    paths = [str(p) for p in sorted(library.rglob("*.py")) if "site-packages" not in p.parts][:3000]
+    found = _symbol("glob:iglob")(os.path.dirname(os.__file__) + "/**/*.py", recursive=True)
+    paths = sorted(path for path in found if "site-packages" not in path)[:3000]
 
     def count(path: str) -> list[int]:
-        text = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            text = file.read()
         return [text.count(b"\n"), len(text.split())]
 
     with _symbol("tempfile:TemporaryDirectory")(prefix="taskq-demo-") as folder:
@@ -8852,24 +8982,22 @@ def _demo_command(_: Any, options: Any) -> int:
         with app.worker() as background:
             worker: Any = background.worker
             print(f"A {worker.pool_name} worker with {worker.concurrency} processes, on an SQLite "
-                  f"file,\ncounts lines and words of {len(paths)} files in {library}")  # fmt: skip
+                  f"file,\ncounts lines and words of {len(paths)} files of Python")  # fmt: skip
             start = time.monotonic()
             results = [task.delay(path) for path in paths]
             sent = time.monotonic() - start
             counted: list[Any] = []
-            for number, result in enumerate(results, 1):
-                counted.append(result.get(timeout=60))
-                if number % 200 == 0 or number == len(paths):
-                    print(f"{number}/{len(paths)}", flush=True)
+            while len(counted) < len(results):
+                counted += [each.get(timeout=60) for each in results[len(counted) :][:200]]
+                print(f"{len(counted)}/{len(paths)}", flush=True)
             total = time.monotonic() - start
         app.close()
     wrong = sum(count(path) != found for path, found in zip(paths, counted))
     lines, words = map(sum, zip(*counted))
-    print(
-        f"\n{lines:,} lines, {words:,} words; a plain loop agrees on all but {wrong} files\n"
-        f"tasks:      {len(paths)} in {total:.2f} s, {len(paths) / total:,.0f} a second\n"
-        f"of that:    {sent:.2f} s to send them all, and {total - sent:.2f} s until all had run"
-    )
+    print(f"""
+{lines:,} lines, {words:,} words; a plain loop agrees on all but {wrong} files
+tasks:      {len(paths)} in {total:.2f} s, {len(paths) / total:,.0f} a second
+of that:    {sent:.2f} s to send them all, and {total - sent:.2f} s until all had run""")
     return int(wrong > 0)
 
 
@@ -8992,9 +9120,6 @@ _COMMANDS: dict[str, tuple[Callable[[Any, Any], int | None], str, str]] = {
     "demo": (_demo_command, "Run a worker on some real work, in a temporary file.", ""),
 }  # fmt: skip
 
-#: Commands that Celery has and taskq not.
-_LEFT_OUT = "amqp graph list logtool migrate shell upgrade".split()
-
 
 def _parser(command: str = "") -> Any:
     """Return the parser of the options that stand anywhere, and of a command's."""
@@ -9040,14 +9165,14 @@ def _parse(argv: Sequence[str]) -> Any:
         common.epilog = "commands:\n" + "\n".join(lines)
         common.print_help()
         sys.exit(0)
-    if command in _LEFT_OUT:
-        raise CommandError(f"the command {command!r} is not available in taskq {__version__}")
+    if command == "multi" and words[:1] in ([], ["help"]):
+        words = ["--help"]
     if command == "multi" and not {"-h", "--help"}.intersection(words):
         at = argv.index("multi")
         words = [*argv[at + 1 :], *argv[:at]]  # all of them are for the nodes
         return types.SimpleNamespace(command="multi", workdir=None, words=words)
     if command not in _COMMANDS:
-        hint = _hint(command, _COMMANDS, 0.5) or "."
+        hint = _hint(command, _COMMANDS, 0.6) or "."
         raise CommandError(f"no command {command!r}{hint} The commands are {_names(_COMMANDS)}.")
     options.command = command
     return _parser(command).parse_intermixed_args(words, options)
