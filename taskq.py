@@ -1792,7 +1792,7 @@ class SQLiteStore(Store):
                 with contextlib.suppress(FileExistsError):
                     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             options: Any = {"isolation_level": None, "check_same_thread": False}
-            connection = sqlite3.connect(path or ":memory:", self._timeout, **options)
+            connection = sqlite3.connect(path or ":memory:", timeout=self._timeout, **options)
             self._open.append(connection)
             while True:
                 try:
@@ -5581,6 +5581,11 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Any, events: bool = Fa
             return _unregistered(app, message, request)
         if message.expires is not None and message.expires <= time.time():
             return _revoked(task, request, "expired", expired=True)
+        if "lost" in message.headers:  # see `lost`
+            exc = decode_exception(message.headers["lost"])
+            if isinstance(exc, TaskRevokedError):
+                return _revoked(task, request, str(exc))
+            return _failure(task, request, exc)
         begin(task, request)
         _note_event(request, "started")
         state, value, _ = run_task(task, request)
@@ -5698,8 +5703,12 @@ def lost(
             again = not (message.properties.get("delivery_info") or {}).get("redelivered")
         if again and not isinstance(exc, TaskRevokedError):
             return Outcome("requeue", [], [], redelivered(claim.raw), 0.0)
-        if message.content_type == CONTENT_TYPES["json"]:  # a pickle may kill us too
+        if message.content_type == CONTENT_TYPES["json"]:
             args, kwargs, embed = message.payload(app.conf.accept_content)
+        elif not ("lost" in message.headers or flags == DECODING or app.store.foreign):
+            # A pickle may kill whoever reads it: a process of the pool shall do that, and end it.
+            message.headers["lost"] = encode_exception(exc)
+            return Outcome("requeue", [], [], message.encode(), 0.0)
     except MalformedMessage as bad:
         return _rejected(app, claim.raw, message, bad)
     request = _request_without_run(message, args, kwargs, embed)
