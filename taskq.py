@@ -5562,6 +5562,10 @@ def _takes_error(task: Any, sig: Any) -> bool:
     return left > 1 or bool(code.co_flags & 0x04)  # *args
 
 
+#: The name of a message that is to be read only to give what waits for its task its end.
+_LOST = "taskq.lost"
+
+
 def execute(app: TaskQ, raw: bytes, hostname: str, begin: Any, events: bool = False) -> Outcome:
     """Turn one message into its Outcome; `begin(task, request)` is called before the task runs.
 
@@ -5569,9 +5573,12 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Any, events: bool = Fa
     no task can be made of is rejected; whatever else goes wrong is a failure.
     """
     began = time.monotonic()
-    message = request = task = None
+    message = request = task = ended = None
     try:
         message = Message.decode(raw)
+        if message.headers["task"] == _LOST:
+            message.headers["task"], error = message.headers.pop("lost")
+            ended = decode_exception(error)
         args, kwargs, embed = message.payload(app.conf.accept_content)
         request = request_of(message, args, kwargs, embed, hostname)
         task = app.tasks.get(request.task)
@@ -5581,11 +5588,10 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Any, events: bool = Fa
             return _unregistered(app, message, request)
         if message.expires is not None and message.expires <= time.time():
             return _revoked(task, request, "expired", expired=True)
-        if "lost" in message.headers:  # see `lost`
-            exc = decode_exception(message.headers["lost"])
-            if isinstance(exc, TaskRevokedError):
-                return _revoked(task, request, str(exc))
-            return _failure(task, request, exc)
+        if ended is not None:
+            if isinstance(ended, TaskRevokedError):
+                return _revoked(task, request, str(ended))
+            return _failure(task, request, ended)
         begin(task, request)
         _note_event(request, "started")
         state, value, _ = run_task(task, request)
@@ -5705,9 +5711,10 @@ def lost(
             return Outcome("requeue", [], [], redelivered(claim.raw), 0.0)
         if message.content_type == CONTENT_TYPES["json"]:
             args, kwargs, embed = message.payload(app.conf.accept_content)
-        elif not ("lost" in message.headers or flags == DECODING or app.store.foreign):
+        elif message.headers["task"] != _LOST and flags != DECODING:
             # A pickle may kill whoever reads it: a process of the pool shall do that, and end it.
-            message.headers["lost"] = encode_exception(exc)
+            message.headers["lost"] = [message.headers["task"], encode_exception(exc)]
+            message.headers["task"] = _LOST  # for a worker of Celery must not run it again
             return Outcome("requeue", [], [], message.encode(), 0.0)
     except MalformedMessage as bad:
         return _rejected(app, claim.raw, message, bad)

@@ -3860,21 +3860,7 @@ def lead_astray(self):
 @app.task(name="tasks.add")
 def add(x, y):
     return x + y
-
-@app.task(name="tasks.die", serializer="pickle")
-def die():
-    os.kill(os.getpid(), 9)
 """
-
-
-def test_what_waits_for_a_pickled_task_whose_process_was_killed_has_its_end_too(project):
-    project.write("harmful.py", HARMFUL)
-    project.worker("-c", 1, app="harmful")
-    code = "from harmful import *; r = (die.si() | add.si(1, 2)).delay(); print(r.parent.id, r.id)"
-    ids = project.run("-c", code).stdout.split()
-    for id in ids:
-        with pytest.raises(taskq.WorkerLostError, match=r"prematurely: signal 9 \(SIGKILL\)"):
-            project.app.AsyncResult(id).get(timeout=10)
 
 
 def test_a_message_that_kills_its_process_while_it_is_read_is_not_tried_for_ever(project):
@@ -11932,6 +11918,17 @@ def stored(request, tmp_path):
     found.write("tasks.py", RUNNING)
     yield found
     found.close()
+
+
+def test_what_waits_for_a_killed_task_with_a_pickled_message_has_its_end_too(stored):
+    die = "@app.task(serializer='pickle')\ndef die():\n    os.kill(os.getpid(), 9)\n"
+    stored.write("tasks.py", f"{RUNNING}\napp.conf.accept_content = ['json', 'pickle']\n{die}")
+    stored.worker("-b", stored.broker, "-c", 1)
+    add, die = (signature(f"tasks.{name}", app=stored.app) for name in ("add", "die"))
+    last = (die.set(serializer="pickle") | add.clone((1, 2)).set(immutable=True)).delay()
+    for result in (last.parent, last):
+        with pytest.raises(taskq.WorkerLostError, match=r"prematurely: signal 9 \(SIGKILL\)"):
+            result.get(timeout=15)
 
 
 def test_revokes_survive_a_restart(stored):
