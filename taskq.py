@@ -1708,7 +1708,7 @@ _PART = "INSERT OR IGNORE INTO chord_parts SELECT id, ?, ? FROM chords WHERE id 
 _COMPLETE = "SELECT queue, priority, due, message FROM chords WHERE id = ? AND missing <= 0"
 # The id of a post grows by its length, so that the last 20 MB can be kept.
 _LAST_POST = "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'posts'"
-_POST = f"INSERT INTO posts VALUES (({_LAST_POST}) + length(?4) + 100, ?1, ?2, ?3, ?4)"
+_POST = f"INSERT INTO posts VALUES (({_LAST_POST}) + ? + 100, ?, ?, ?, ?)"
 _POSTED = "SELECT id, routing_key, post FROM posts WHERE exchange = ? AND id > ? ORDER BY id"
 _TRIM = f"DELETE FROM posts WHERE id <= ({_LAST_POST}) - 20000000"
 _FIRST_RUN = "INSERT OR IGNORE INTO runs VALUES (:name, :now, 1)"
@@ -2004,7 +2004,7 @@ class SQLiteStore(Store):
         if bells or not all_known:
             with self as connection:
                 connection.execute("BEGIN IMMEDIATE")
-                rows = [(exchange, key, expires, text) for key, text in posts]
+                rows = [(len(text), exchange, key, expires, text) for key, text in posts]
                 connection.executemany(_POST, rows)
                 connection.execute(_TRIM)  # a reader that is slow misses some
         for bell in bells:
