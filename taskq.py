@@ -7804,7 +7804,9 @@ class Worker:
         if self.control is not None:
             self.control.handle()
         if self._watched:
+            now = time.time()  # before the look: what runs then has not ended
             held, running = self.pool.held, dict(slot.begun for slot in self.pool.slots)
+            since = {claim.ticket: began for claim, began, _ in self.pool.active()}
             begun = {ticket for ticket, flags in running.items() if flags != DECODING}
             new = [held[ticket] for ticket in begun - self._begun if ticket in held]
             early = [claim for claim in new if not running[claim.ticket]]
@@ -7812,7 +7814,9 @@ class Worker:
                 self.store.begun(early)
             self._begun.update(claim.ticket for claim in new)
             if new:
-                self.dispatcher.publish([("task-started", {"uuid": c.head[1]}) for c in new])
+                times = {c.head[1]: since.get(c.ticket, now) for c in new}
+                started = [{"uuid": id, "timestamp": began} for id, began in times.items()]
+                self.dispatcher.publish([("task-started", fields) for fields in started])
 
     def _discard(self, claims: list[Claim]) -> list[Claim]:
         """Return the claims that are not revoked; note the end of the others."""
