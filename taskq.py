@@ -7806,14 +7806,14 @@ class Worker:
         if self._watched:
             now = time.time()  # before the look: what runs then has not ended
             held, running = self.pool.held, dict(slot.begun for slot in self.pool.slots)
-            since = {claim.ticket: began for claim, began, _ in self.pool.active()}
             begun = {ticket for ticket, flags in running.items() if flags != DECODING}
             new = [held[ticket] for ticket in begun - self._begun if ticket in held]
             early = [claim for claim in new if not running[claim.ticket]]
             if early and self.store.foreign:
                 self.store.begun(early)
             self._begun.update(claim.ticket for claim in new)
-            if new:
+            if new and self.dispatcher.enabled:
+                since = {claim.ticket: began for claim, began, _ in self.pool.active()}
                 times = {c.head[1]: since.get(c.ticket, now) for c in new}
                 started = [{"uuid": id, "timestamp": began} for id, began in times.items()]
                 self.dispatcher.publish([("task-started", fields) for fields in started])
@@ -8335,7 +8335,7 @@ Configuration ->
 # ---------------------------------------------------------------------------------------------
 
 
-def _execute(python: str, options: Any) -> NoReturn:
+def _run_anew(python: str, options: Any) -> NoReturn:
     """Go on in this process as that interpreter, which runs this program with these options."""
     import subprocess
 
@@ -8925,7 +8925,7 @@ def _worker_command(app: TaskQ, options: Any) -> int:
         status = worker.start()
         if worker.restarting:
             options.purge = None
-            _execute(sys.executable, options)
+            _run_anew(sys.executable, options)
     return status
 
 
@@ -9022,6 +9022,7 @@ of that:    {sent:.2f} s to send them all, and {total - sent:.2f} s until all ha
 
 
 def mask(text: str) -> int:
+    """Return the number that --umask gives; argparse's errors call it by this function's name."""
     return int(text, 8 if text.startswith("0") else 10)
 
 
@@ -9206,7 +9207,7 @@ def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
         try:
             options = _parse(given)
             if getattr(options, "executable", None):
-                _execute(options.executable, options)
+                _run_anew(options.executable, options)
             _settle_in(options)
             _patch_greenlets(getattr(options, "pool", None))  # before the app's modules come
             app = None if options.command in ("demo", "multi") else _configured_app(options, app)
