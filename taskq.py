@@ -51,7 +51,7 @@ The file reads from top to bottom, and each section uses only those above it:
 
 from __future__ import annotations
 
-import importlib
+import importlib.machinery
 import os
 import sys
 
@@ -82,13 +82,20 @@ if __name__ == "__main__":
         _known = {os.path.abspath(entry) for entry in [os.getcwd(), *sys.path[1:]]}
         _above = [e for e in _known if _file.startswith(os.path.join(e, ""))]
         _root = max(_above, key=len, default=_root)
-        _name = os.path.relpath(os.path.splitext(_file)[0], _root).replace(os.sep, ".")
-    if not all(part.isidentifier() for part in _name.split(".")):
+        _name = os.path.relpath(os.path.splitext(_file)[0], _root)
+        _name = _name.replace(".", "-").replace(os.sep, ".")  # a folder my.app is no package
+    # Nor is a folder `code` one: Python has a module of that name, and prefers it.
+    _spec, _places = None, [_root, *sys.path[1:]]
+    for _part in _name.split("."):
+        _spec = importlib.machinery.PathFinder.find_spec(_part, _places)
+        _places = list(_spec and _spec.submodule_search_locations or [])
+    is_named = all(part.isidentifier() for part in _name.split("."))
+    if not (is_named and _spec and _spec.origin == _file):
         _root, _name = os.path.dirname(_file), _name.rpartition(".")[2]
     # In a new interpreter: this one keeps the 13 MB that it took to compile the file.
     _path = f"sys.path[:] = [{_root!r}] + [p for p in sys.path if p]"
     _code = f"import sys; sys.argv[0] = {_file!r}; {_path}; "
-    _code += f"from {_name} import main; sys.exit(main())"
+    _code += f"import importlib; sys.exit(importlib.import_module({_name!r}).main())"
     _flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
     _argv = [sys.executable, *_flags, "-c", _code, *sys.argv[1:]]
     if os.name == "nt":  # there exec returns to the shell at once
@@ -99,6 +106,7 @@ import atexit
 import base64
 import collections
 import contextlib
+import copy
 import faulthandler
 import functools
 import io
@@ -135,9 +143,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-# ---------------------------------------------------------------------------------------------
-# 1. States and errors
-# ---------------------------------------------------------------------------------------------
+# ==== 1. States and errors =======================================================================
 
 _unset: Any = None  # an attribute of any type
 
@@ -164,6 +170,15 @@ PRECEDENCE = [SUCCESS, FAILURE, None, REVOKED, STARTED, RECEIVED, REJECTED, RETR
 def precedence(state: str | None) -> int:
     """Return a state's place in PRECEDENCE."""
     return PRECEDENCE.index(state if state in PRECEDENCE else None)
+
+
+class state(str):  # noqa: N801
+    """A state that is less than those that say more: `state('PENDING') < state('SUCCESS')`."""
+
+    __lt__ = lambda self, other: precedence(self) > precedence(other)  # noqa: E731
+    __le__ = lambda self, other: precedence(self) >= precedence(other)  # noqa: E731
+    __gt__ = lambda self, other: precedence(self) < precedence(other)  # noqa: E731
+    __ge__ = lambda self, other: precedence(self) <= precedence(other)  # noqa: E731
 
 
 def _error(name: str, meaning: str, *bases: type) -> Any:
@@ -211,8 +226,7 @@ for _base, _words in (
 
 
 class Retry(TaskPredicate):
-    """The task will run again, `when` is seconds or a datetime, because of the error `exc`: raised
-    by `Task.retry`, which has sent the signature `sig`."""
+    """The task will run again, at `when` (seconds or a datetime): `Task.retry` has sent `sig`."""
 
     sig = _unset
 
@@ -276,9 +290,7 @@ class RemoteTraceback(Exception):
         return f'\n"""\n{self.args[0]}"""'
 
 
-# ---------------------------------------------------------------------------------------------
-# 2. Serialization
-# ---------------------------------------------------------------------------------------------
+# ==== 2. Serialization ===========================================================================
 
 #: What `task_serializer` and `result_serializer` may be, with the content type of each.
 CONTENT_TYPES = {"json": "application/json", "pickle": "application/x-python-serialize"}
@@ -379,13 +391,10 @@ def serialize(value: Any, serializer: str = "json") -> tuple[str, str, str]:
 
 
 def deserialize(text: str, content_type: str, accept: Collection[str]) -> Any:
-    """Return what `serialize` wrote; DecodeError if it cannot be read, and ContentDisallowed if
-    `accept`, serializers or content types, does not list its type."""
+    """Return what `serialize` wrote; DecodeError, or ContentDisallowed by what `accept` lists."""
     if content_type not in accept and _SERIALIZERS.get(content_type) not in accept:
-        raise ContentDisallowed(
-            f"Refusing to deserialize content of type {content_type}: "
-            f"accept_content allows {_names(sorted(accept))}"
-        )
+        why = f"accept_content allows {_names(sorted(accept))}"
+        raise ContentDisallowed(f"Refusing to deserialize content of type {content_type}: {why}")
     try:
         if content_type == "application/json":
             return _json_decode(text)
@@ -413,8 +422,7 @@ _WIRE_MODULES: dict[type, str] = {
 
 
 def encode_exception(exc: BaseException) -> dict[str, Any]:
-    """Return an exception in Celery's form: exc_type, exc_module, and exc_message, its arguments,
-    the repr of those that JSON cannot hold."""
+    """Return an exception in Celery's form; of arguments that JSON cannot hold it has the repr."""
     cls = type(exc)
     args = list(exc.args) if cls is not Retry else [str(exc)]
     for index, arg in enumerate(args):
@@ -440,19 +448,21 @@ def decode_exception(meta: Any) -> BaseException:
     found: Any = sys.modules.get(__name__ if is_ours else module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, BaseException)):
-        found = type(str(name), (Exception,), {"__module__": module})
-    try:
-        return found(*args)
-    except Exception:  # its __init__ wants something else than its args
-        exc = Exception.__new__(found) if issubclass(found, Exception) else found.__new__(found)
-        exc.args = args
-        return exc
+    plain: Any = {"__module__": module, "__init__": lambda *_: None}
+    plain.update(__str__=BaseException.__str__, __repr__=BaseException.__repr__)
+    if isinstance(found, type) and issubclass(found, BaseException):
+        # Its __init__ may want something else than its args; its text what only that has set.
+        bare = functools.partial(found.__new__, found)
+        for make in (found, bare, type(str(name), (found,), plain)):
+            with contextlib.suppress(Exception):
+                exc = make(*args)
+                exc.args = args
+                if f"{exc}{exc!r}":
+                    return exc
+    return type(str(name), (Exception,), plain)(*args)
 
 
-# ---------------------------------------------------------------------------------------------
-# 3. Settings
-# ---------------------------------------------------------------------------------------------
+# ==== 3. Settings ================================================================================
 
 _LOG_FORMAT = "[%(asctime)s: %(levelname)s/%(processName)s] %(message)s"
 _TASK_LOG_FORMAT = _LOG_FORMAT.replace("%(message)s", "%(task_name)s[%(task_id)s]: %(message)s")
@@ -465,6 +475,9 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "beat_max_loop_interval": (0, "most seconds between beat's looks; 300 by default"),
     "beat_schedule": ({}, "what beat sends, and when: {'name': {'task': ..., 'schedule': ...}}"),
     "beat_schedule_filename": (None, "file for beat's last runs, beside the store"),
+    "broker_connection_max_retries": (100, "how often; None: for ever"),
+    "broker_connection_retry": (True, "a worker waits for a server that is away when it starts"),
+    "broker_connection_retry_on_startup": (None, "the same, by its newer name, which comes first"),
     "broker_transport_options": ({}, "options of the store, as in the URL's query"),
     "broker_url": (None, "where messages are kept: sqlite://, memory:// or redis://"),
     "broker_use_ssl": (None, "options of TLS for rediss://, such as {'ssl_ca_certs': 'ca.pem'}"),
@@ -573,37 +586,26 @@ def _log_level(level: int | str) -> int:
 _POOLS = ("prefork", "processes", "threads", "gevent", "eventlet", "solo")
 _FLAGS = [name for name, (default, _) in SETTINGS.items() if isinstance(default, bool)]
 _FLAGS += ["task_acks_on_(failure|timeout)", "task_reject_on_worker_lost", "worker_log_color"]
+_FLAGS.append("broker_connection_retry_on_startup")
 
 #: Patterns of settings' names, a test that returns False or fails for bad values, what it means.
 _VALUES: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     ("|".join(_FLAGS), {True, False}.__contains__, "True or False"),
     ("timezone", lambda v: datetime.now(_zone(v)), "a name such as 'UTC' or 'Europe/Oslo'"),
     (".*_serializer", CONTENT_TYPES.__contains__, f"one of {_names(CONTENT_TYPES)}"),
-    (
-        ".*accept.*",
-        {*CONTENT_TYPES, *_SERIALIZERS}.issuperset,
-        f"a list of {_names(CONTENT_TYPES)}",
-    ),
+    (".*accept.*", {*CONTENT_TYPES, *_SERIALIZERS}.issuperset, "a list of 'json' and 'pickle'"),
     (".*_type", ("direct", "topic", "fanout").__contains__, "'direct', 'topic' or 'fanout'"),
     ("worker_pool", _POOLS.__contains__, _names(_POOLS)),
     (".*_start_method", ("fork", "spawn").__contains__, "'fork' and 'spawn'"),
-    (
-        "task_queues",
-        lambda v: not isinstance(v, str) and iter(v),
-        "a list of names or Queue objects",
-    ),
+    ("task_queues", lambda v: not isinstance(v, (str, dict)) and iter(v), "names or Queue objects"),
     ("task_routes", lambda v: callable(v) or iter(v), "a dict, a list, a function or its name"),
     ("imports|include", "".join, "names of modules"),
     ("broker_url|result_backend", "".join, "a URL"),
     (".*_expires", lambda v: isinstance(v, timedelta) or _is_limit(v), "seconds or a timedelta"),
     (".*_time_limit|(redis|beat)_.*(timeout|interval|deadline)", _is_limit, "seconds"),
-    (
-        ".*_(use_ssl|options|schedule|policy|annotations)",
-        lambda v: isinstance(v or {}, dict),
-        "a dict",
-    ),
+    (".*_(use_ssl|options|schedule|policy|annotations)", lambda v: {**(v or {})}, "a dict"),
     (".*_rate_limit", _rate, "'10/m', '5/s', '100/h' or a number a second"),
-    (".*(_per_child|_multiplier)", _is_limit, "a number from 0 on"),
+    (".*(_per_child|_multiplier|_max_retries)", _is_limit, "a number from 0 on"),
     (".*_priority", range(10).__contains__, "0 (highest) to 9"),
     (".*_level", _log_level, "a name such as 'INFO', or a number"),
     (".*_(exchange|queue|key|prefix|format|db|filename)", str.encode, "text"),
@@ -613,9 +615,10 @@ _VALUES: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 #: has tunes what is not there: it is kept like an app's own settings.)
 _ABSENT = (
     "((arangodb|azureblockblob|cache_backend|cassandra|cosmosdbsql|couchbase|database|gcs|"
-    "elasticsearch|mongodb|s3|redis_(host|port|db|username|password)|"
+    "elasticsearch|mongodb|s3|redis_(host|port|db|username|password|backend_credential_provider)|"
     "broker_(host|port|user|password|vhost|transport))(_.*)?)|security_.*|"
-    "broker_((read|write)_url|failover_strategy)|beat_enable_remote_control|"
+    "broker_((read|write)_url|failover_strategy)|override_backends|beat_enable_remote_control|"
+    "(beat|events|worker)_(logfile|pidfile|uid|gid|umask|executable)|"
     "(task|result)_compression|task_(remote_tracebacks|retry_on_worker_lost|stamps)|"
     "task_create_missing_queue_exchange_type|worker_(direct|pool_restarts|"
     "deduplicate_successful_tasks|.*soft_shutdown.*|agent|autoscaler|consumer|timer|.*datefmt)"
@@ -640,16 +643,15 @@ def _hint(name: str, known: Iterable[str], cutoff: float = 0.84) -> str:
 
 
 class Settings(dict):
-    """An app's settings, by key or by attribute: `app.conf.timezone = 'UTC'`.
-
-    All of SETTINGS are there with their defaults. Own names are kept; one that is close to a known
-    name, and a setting of Celery that taskq cannot honour, is an ImproperlyConfigured. `changed`
-    has what was set, `loaded` the names of what a configuration source set; `made`, for what is
-    made of them, is emptied by each change.
-    """
+    """An app's settings, by key or by attribute: `app.conf.timezone = 'UTC'`. All of SETTINGS are
+    there with their defaults. Own names are kept; one that is close to a known name, and a setting
+    of Celery that taskq cannot honour, is an ImproperlyConfigured. `changed` has what was set,
+    `loaded` the names of what a configuration source set; `made`, for what is made of them, is
+    emptied by each change."""
 
     def __init__(self) -> None:
-        super().__init__({name: default for name, (default, _) in SETTINGS.items()})
+        # Copied, as apps do app.conf.beat_schedule["name"] = {...}
+        super().__init__({name: copy.copy(default) for name, (default, _) in SETTINGS.items()})
         self.__dict__.update(changed={}, loaded=set(), made={})
 
     def __getattr__(self, name: str) -> Any:
@@ -681,6 +683,7 @@ class Settings(dict):
     def _check(self, name: str, value: Any) -> None:
         """Raise ImproperlyConfigured for a setting that cannot be, or cannot have this value."""
         expected = ""
+        old = re.sub("^celery(d|beat)?_", "", name.lower()) if name.isupper() else ""
         if name in SETTINGS:
             rows = (row[1:] for row in _VALUES if re.fullmatch(row[0], name))
             test, expected = next(rows, (bool, ""))
@@ -689,10 +692,9 @@ class Settings(dict):
                     return
         elif name in _FIXED:
             expected = repr(_FIXED[name]) if value != _FIXED[name] else ""
-        elif re.fullmatch(_ABSENT, name):
+        elif re.fullmatch(_ABSENT, old if name.startswith("CELERY") else name):
             expected = "it to be left out: taskq does not have it" if value else ""
         else:
-            old = re.sub("^celery(d|beat)?_", "", name.lower()) if name.isupper() else ""
             kinds = "^(task|worker|result|beat)_"
             same = [new for new in SETTINGS if old in (new, re.sub(kinds, "", new))]
             hint = _hint(same[0] if same else old if "CELERY" in name else name, SETTINGS)
@@ -705,23 +707,23 @@ class Settings(dict):
     def load(self, source: Any, namespace: str | None = None) -> None:
         """Take settings from a mapping, module or object; with a namespace, 'CELERY', those that
         begin with it, as CELERY_TIMEZONE. Modules, classes and functions are no own settings."""
-        if not isinstance(source, collections.abc.Mapping):
-            source = {name: getattr(source, name) for name in dir(source) if name[:2] != "__"}
         prefix = namespace.rstrip("_") + "_" if namespace else ""
-        no_value = (types.ModuleType, type, types.FunctionType, types.BuiltinFunctionType)
+        if not isinstance(source, collections.abc.Mapping):  # others may raise when they are read
+            names = [name for name in dir(source) if name.startswith(prefix) and name[0] != "_"]
+            source = {name: getattr(source, name) for name in names}
         found = {}
         for name, value in source.items():
             if name.startswith(prefix) and not name.startswith("_"):
                 name = name[len(prefix) :].lower() if prefix else name
-                is_setting = name in SETTINGS or not isinstance(value, no_value)
-                if is_setting and (name in self.loaded or name not in self.changed):
+                is_value = not (callable(value) or isinstance(value, types.ModuleType))
+                if (name in SETTINGS or is_value) and name not in self.changed.keys() - self.loaded:
                     found[name] = value
         self.update(found)
         self.loaded.update(found)
 
     def table(self, with_defaults: bool = False, censored: bool = True) -> dict[str, Any]:
         """Return the settings that were set, or all, as JSON can hold them, secrets masked."""
-        secret = re.compile("pass|secret|token|(?<!routing_)key$", re.I)
+        secret = re.compile("api|token|key|secret|pass|signature|database", re.I)
 
         def shown(name: str, value: Any) -> Any:
             if censored and secret.search(name) and value:
@@ -753,10 +755,7 @@ def _mask_url(url: str) -> str:
     return re.sub(r"(://[^/@:]*:)[^@\s]*(@)", r"\1**\2", url)
 
 
-# ---------------------------------------------------------------------------------------------
-# 4. Messages
-# ---------------------------------------------------------------------------------------------
-
+# ==== 4. Messages ================================================================================
 
 MalformedMessage = _error("MalformedMessage", "No task can be made of a message.", Exception)
 
@@ -813,10 +812,7 @@ class Message(collections.namedtuple("Message", "headers properties body content
             raise MalformedMessage(f"kwargs is {_repr(kwargs, 60)}, not an object")
         return list(args), kwargs, embed if isinstance(embed, dict) else {}
 
-    @property
-    def id(self) -> str:
-        """The task's id."""
-        return self.headers["id"]
+    id = property(lambda message: message.headers["id"], doc="The task's id.")
 
     @property
     def expires(self) -> float | None:
@@ -835,6 +831,10 @@ def _is_name(value: str) -> bool:
     return bool(value.encode("utf-8"))  # no store can hold a lone surrogate
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 2**31
+
+
 #: The names of a Message's fields in an envelope.
 _ENVELOPE = ("headers", "properties", "body", "content-type", "content-encoding")
 
@@ -848,7 +848,7 @@ _CHECKS: tuple[tuple[str, int, str | None, bool, Callable[[Any], Any]], ...] = (
     ("header 'id'", 0, "id", True, _is_name),
     ("header 'task'", 0, "task", True, _is_name),
     ("header 'timelimit'", 0, "timelimit", False, lambda v: [*map(_is_limit, v)] == [True, True]),
-    ("header 'retries'", 0, "retries", False, lambda v: type(v) is int and 0 <= v <= 2**31),
+    ("header 'retries'", 0, "retries", False, _is_count),
     ("header 'eta'", 0, "eta", False, _timestamp),
     ("header 'expires'", 0, "expires", False, _timestamp),
     ("property 'delivery_info'", 1, "delivery_info", False, lambda v: isinstance(v, dict)),
@@ -857,8 +857,7 @@ _CHECKS: tuple[tuple[str, int, str | None, bool, Callable[[Any], Any]], ...] = (
 
 
 def encode_post(exchange: str, routing_key: str, body: Any, headers: Any = None) -> str:
-    """Return the text of a message that is no task: a command, its reply, an event. body: what JSON
-    can hold."""
+    """Return the text of a message that is no task: a command, its reply, an event."""
     info = {"exchange": exchange, "routing_key": routing_key}
     properties = {"delivery_mode": 1, "delivery_tag": uuid(), "delivery_info": info, "priority": 0}
     text = _json_encode(body)
@@ -888,9 +887,7 @@ Outcome = collections.namedtuple(
 )
 
 
-# ---------------------------------------------------------------------------------------------
-# 5. Signals
-# ---------------------------------------------------------------------------------------------
+# ==== 5. Signals =================================================================================
 
 
 class Signal:
@@ -899,29 +896,32 @@ class Signal:
         @task_success.connect
         def on_success(sender, result, **kwargs): ...
 
-    A receiver is held weakly unless `weak=False`; an error in one is logged and stops nobody.
-    """
+    A receiver is held weakly unless `weak=False`; an error in one is logged and stops nobody."""
 
     def __init__(self, name: str, arguments: str = "") -> None:
         self.name = name
         self.providing_args = set(arguments.split())
         self.receivers: dict[tuple[Any, Any], Callable[[], Any]] = {}  # (key, sender): reference
 
-    def connect(self, receiver: Any = None, sender: Any = None, **options: Any) -> Any:
+    def connect(
+        self, receiver: Any = None, sender: Any = None, weak: bool = True, dispatch_uid: Any = None
+    ) -> Any:
         """Call `receiver(signal=, sender=, **named)` from now on, of one `sender` or of all; also a
-        decorator. Options: `weak`; `dispatch_uid`, of which there is one receiver."""
+        decorator. dispatch_uid: anything, of which there is one receiver."""
         if not callable(receiver):
-            return functools.partial(self.connect, sender=sender or receiver, **options)
+            return lambda found: self.connect(found, sender or receiver, weak, dispatch_uid)
         kind: Any = weakref.WeakMethod if hasattr(receiver, "__func__") else weakref.ref
-        reference = kind(receiver) if options.get("weak", True) else lambda: receiver
+        reference = kind(receiver) if weak else lambda: receiver
         alive = {key: ref for key, ref in self.receivers.items() if ref() is not None}
-        alive.setdefault((options.get("dispatch_uid") or hash(receiver), sender), reference)
+        alive.setdefault((dispatch_uid or hash(receiver), sender), reference)
         self.receivers = alive  # a new one, for those who are sending just now
         return receiver
 
-    def disconnect(self, receiver: Any = None, sender: Any = None, **options: Any) -> bool:
+    def disconnect(
+        self, receiver: Any = None, sender: Any = None, dispatch_uid: Any = None
+    ) -> bool:
         """Stop calling a receiver; return whether it was connected."""
-        gone, before = (options.get("dispatch_uid") or hash(receiver), sender), self.receivers
+        gone, before = (dispatch_uid or hash(receiver), sender), self.receivers
         self.receivers = {key: ref for key, ref in before.items() if key != gone}
         return gone in before
 
@@ -939,9 +939,6 @@ class Signal:
                 logger.exception("Signal handler %r raised: %r", receiver, exc)
                 responses.append((receiver, exc))
         return responses
-
-    def __repr__(self) -> str:
-        return f"<Signal: {self.name} providing_args={self.providing_args!r}>"
 
 
 #: Loggers have Celery's names, so that a project's logging configuration works for both.
@@ -970,8 +967,10 @@ worker_init = Signal("worker_init")
 worker_ready = Signal("worker_ready")
 worker_shutting_down = Signal("worker_shutting_down", "sig how exitcode")
 worker_shutdown = Signal("worker_shutdown")
+worker_before_create_process = Signal("worker_before_create_process")
 worker_process_init = Signal("worker_process_init")
 worker_process_shutdown = Signal("worker_process_shutdown", "pid exitcode")
+heartbeat_sent = Signal("heartbeat_sent")
 beat_init = Signal("beat_init")
 beat_embedded_init = Signal("beat_embedded_init")
 _LOGGING = "loglevel logfile format colorize"
@@ -980,22 +979,18 @@ after_setup_logger = Signal("after_setup_logger", "logger " + _LOGGING)
 after_setup_task_logger = Signal("after_setup_task_logger", "logger " + _LOGGING)
 
 
-# ---------------------------------------------------------------------------------------------
-# 6. Stores
-# ---------------------------------------------------------------------------------------------
+# ==== 6. Stores ==================================================================================
 #
 # Beside an SQLite file DB lies the run directory DB-run, with what is too quick for a database and
 # ends with its process: an ID.bell and ID.fifo of each sleeper, an OWNER.journal of each worker.
 
 
 class Bell:
-    """Wakes one sleeper: a worker without work, or a thread that waits for a result.
-
-    Its owner listens to topics, dozes, looks in the store a last time, and waits. Others see its
-    state and topics in a small mapped file, and wake it by a byte into a FIFO beside that. Without
-    a path, where there are no FIFOs, it looks around often instead. `mine` is False for another
-    process's bell, seen from here.
-    """
+    """Wakes one sleeper: a worker without work, or a thread that waits for a result. Its owner
+    listens to topics, dozes, looks in the store a last time, and waits. Others see its state and
+    topics in a small mapped file, and wake it by a byte into a FIFO beside that. Without a path,
+    where there are no FIFOs, it looks around often instead. `mine` is False for another process's
+    bell, seen from here."""
 
     #: The state's 8 bytes, then one for each hash of a topic: whether the owner listens.
     SIZE = 8 + 2**16
@@ -1098,7 +1093,8 @@ class Bells:
         with contextlib.suppress(IndexError):
             return self._spare.pop()
         for _ in range(3):  # others may remove an empty directory, or a FIFO that is not open yet
-            with contextlib.suppress(OSError, AttributeError):  # there may be no FIFOs
+            # There may be no FIFOs.
+            with contextlib.suppress(OSError, OperationalError, AttributeError):
                 os.makedirs(self.folder, 0o700, exist_ok=True)
                 return self._kind(os.path.join(self.folder, os.urandom(8).hex()))
         return self._kind(None)
@@ -1181,17 +1177,30 @@ def _readable(file: Any, timeout: float, *more: Any) -> bool:
 
 
 def _create(path: str) -> Any:
-    """Open a file anew, for its owner alone, and make its directory if that is missing."""
-    os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+    """Open a file anew, for its owner alone, and make its directory if that is missing, but none
+    above that: who has deleted a whole project does not want it back."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(os.path.dirname(path), 0o700)
     return open(path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600))
+
+
+def _extend(file: Any, size: int) -> None:
+    """Let a file be longer, on the disk too: to touch a mapped page without one ends a process."""
+    file.seek(0, os.SEEK_END)
+    file.write(bytes(size))
+    file.flush()
 
 
 def _mapped(path: str, size: int = 0) -> Any:
     """Map a file, made anew if a size is given."""
     if size:  # others shall not see it without its size
-        with _create(path + ".new") as file:
-            file.truncate(size)
-        os.rename(path + ".new", path)
+        try:
+            with _create(path + ".new") as file:
+                _extend(file, size)
+            os.rename(path + ".new", path)
+        except OSError as exc:  # the disk is full, or the directory a file
+            _unlink(path + ".new")
+            raise OperationalError(f"cannot make {path}: {exc}") from None
     with open(path, "r+b") as file:
         return mmap.mmap(file.fileno(), 0)
 
@@ -1219,11 +1228,9 @@ _RECORD = struct.Struct("QQ")  # ticket, bytes of the outcome that follows; 0: i
 
 class Slot:
     """The part of a Journal that one child process (or thread) writes: what it has begun, and a
-    ring of the outcomes that the main process has not settled yet.
-
-    Each step is made by one aligned 8-byte store, so whoever reads it after a crash sees the state
-    before it or after it. An outcome that is too large has its own file, OWNER.journal.TICKET.
-    """
+    ring of the outcomes that the main process has not settled yet. Each step is made by one aligned
+    8-byte store, so whoever reads it after a crash sees the state before it or after it. An outcome
+    that is too large has its own file, OWNER.journal.TICKET."""
 
     HEAD = 64
     SIZE = 2**16
@@ -1233,8 +1240,7 @@ class Slot:
     begun = property(lambda slot: divmod(slot._words[0], 4))
     #: When it began, and its soft and hard deadline (0: none).
     times = property(lambda slot: slot.TIMES.unpack_from(slot._head, 8))
-    #: How many tasks this process has finished.
-    executed = property(lambda slot: slot._words[6])
+    executed = property(lambda slot: slot._words[6])  # how many tasks this process has finished
     #: The ticket of a task that is to be interrupted, as by its soft time limit.
     interrupted = property(
         lambda slot: slot._words[7], lambda slot, ticket: slot._words.__setitem__(7, ticket)
@@ -1312,12 +1318,10 @@ class Slot:
 
 
 class Journal:
-    """A worker's memory-mapped record of what its processes have begun and finished.
-
-    It survives SIGKILL, and costs no system call to write. The main process and each child hold a
-    lock on one byte of it, which the kernel drops with the process: a journal that can be locked
-    whole has no live owner left, and whoever locked it recovers its claims.
-    """
+    """A worker's memory-mapped record of what its processes have begun and finished. It survives
+    SIGKILL, and costs no system call to write. The main process and each child hold a lock on one
+    byte of it, which the kernel drops with the process: a journal that can be locked whole has no
+    live owner left, and whoever locked it recovers its claims."""
 
     HEAD = 2**16  # what follows can be mapped by itself
     #: Those of this process: opening and closing one again would drop its locks.
@@ -1347,19 +1351,16 @@ class Journal:
         if size > 0:
             at, fd = self.HEAD + start * Slot.SIZE, self._file.fileno()
             if os.fstat(fd).st_size < at + size:  # it is ours: others read what is there
-                self._file.truncate(at + size)
+                _extend(self._file, size)
             view = memoryview(mmap.mmap(fd, size, offset=at))
             parts = (view[at : at + Slot.SIZE] for at in range(0, size, Slot.SIZE))
             self.slots += [Slot(i, part, self.path) for i, part in enumerate(parts, start)]
 
-    @property
-    def events(self) -> bool:
-        """Whether task events are sent; children see at once that it is changed."""
-        return bool(self.map[self.HEAD - 1])
-
-    @events.setter
-    def events(self, on: bool) -> None:
-        self.map[self.HEAD - 1] = on
+    #: Whether task events are sent; children see at once that it is changed.
+    events = property(
+        lambda journal: bool(journal.map[journal.HEAD - 1]),
+        lambda journal, on: journal.map.__setitem__(journal.HEAD - 1, on),
+    )
 
     @classmethod
     def others(cls, folder: str) -> Iterator[Journal]:
@@ -1406,8 +1407,10 @@ class Journal:
         """Let go of the journal, and with `remove` delete its files."""
         if not self._file.closed:
             if remove:
-                files = _paths(os.path.dirname(self.path), "")
-                _unlink(*(path for path in files if path.startswith(self.path)))
+                folder = os.path.dirname(self.path)
+                _unlink(*(path for path in _paths(folder, "") if path.startswith(self.path)))
+                with contextlib.suppress(OSError):  # there are others
+                    os.rmdir(folder)
             self._file.close()
             self.own.pop(self.path, None)
 
@@ -1434,8 +1437,7 @@ class Claim(collections.namedtuple("Claim", "key ticket queue priority raw")):
         return "", ""
 
 
-#: What becomes of a claim that has not begun.
-_GIVE_BACK = Outcome("requeue", [], [], None, 0.0)
+_GIVE_BACK = Outcome("requeue", [], [], None, 0.0)  # what becomes of a claim that has not begun
 
 if TYPE_CHECKING:
     Rows = Sequence[Sequence[Any]]
@@ -1467,16 +1469,15 @@ class Store:
     A chord is a counter: a delivery that is published when a number of parts have ended. Its rows,
     in `chords`, are (chord, number, delivery) to make one; with None to let it wait for so many
     parts more, which is all that counts again when it is said again; with number 0 when it is over.
-    Those in `parts` are (chord, index, task id, delivery): this part has ended.
-    """
+    Those in `parts` are (chord, index, task id, delivery): this part has ended."""
 
     #: Whether other programs publish here too; `parts` then bring deliveries, for their chords.
     foreign = False
     shared = True  # whether other processes can use it
+    uri: str  # the address as the banner prints it
     folder: str  # the run directory
     bells: Bells
-    #: Seconds after which a chord whose parts do not end is forgotten.
-    chord_expires = 30 * 86400
+    chord_expires = 30 * 86400  # seconds after which a chord whose parts do not end is forgotten
 
     _turn = 0
 
@@ -1485,26 +1486,20 @@ class Store:
         self._turn = (self._turn + 1) % max(len(queues), 1)
         return [*queues[self._turn :], *queues[: self._turn]]
 
-    def uri(self) -> str:
-        """Return the address as the banner prints it."""
-
     def publish(self, deliveries: Rows, chords: Rows = (), run: Any = None) -> bool:
-        """Put messages into their queues, and apply `chords`, all or none; wake workers.
-
-        run: (name, before, now) of a periodic task that sends them. Unless its last run was at
-        `before` (None: there was none) somebody else has: nothing is done; returns False.
-        """
+        """Put messages into their queues, and apply `chords`, all or none; wake workers. run: the
+        (name, before, now) of a periodic task that sends them. Unless its last run was at `before`
+        (None: there was none) somebody else has: nothing is done; returns False."""
 
     def look(self, queues: Sequence[str]) -> tuple[bool, float | None]:
         """Return whether there is something to claim, and when the next message with an ETA is due
         (seconds since the epoch, or None); cheap, and takes no lock."""
 
-    def settle(self, owner: int, settled: Settled, queues: Any = (), limit: int = 0) -> list[Claim]:
-        """Apply the outcomes of claims, then claim up to `limit` messages from `queues`.
-
-        Queues have their turn; in them the smallest priority number and the oldest come first.
-        StaleClaim, and nothing is applied, if one of the claims is not this owner's any more.
-        """
+    def settle(self, owner: Any, settled: Settled, queues: Any = (), limit: int = 0) -> list[Claim]:
+        """Apply the outcomes of claims, then claim up to `limit` messages from `queues`, which have
+        their turn; in them the smallest priority number and the oldest come first. With None as the
+        owner the messages are those of `scheduled`, which nobody has claimed. StaleClaim, and
+        nothing is applied, if one of the claims is not this owner's any more."""
 
     def begun(self, claims: Sequence[Claim]) -> None:
         """Note that these have begun and must not run again; only asked of a foreign store."""
@@ -1534,8 +1529,7 @@ class Store:
     def put_results(self, results: Rows, parts: Rows = ()) -> list[Delivery]:
         """Store rows, [task id, state, meta text, seconds to keep it or None], and wake who waits
         for them; count `parts`. Returns the deliveries of the chords that are complete, to be
-        published in the store of the messages: again, if it is called again before they are over.
-        """
+        published in the store of the messages: again, if it is called before they are over."""
 
     def get_results(self, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
         """Return {id: (state, meta text)} for those ids that have a result."""
@@ -1568,8 +1562,7 @@ class Store:
 
     @contextlib.contextmanager
     def listening(self, kind: str, exchange: str, key: str, queue: str) -> Iterator[Any]:
-        """Subscribe for a while; gives a function that waits up to so many seconds for texts, and
-        returns them."""
+        """Subscribe for a while; gives a function that waits so many seconds for texts."""
         bell = self.bells.open()
         inbox = self.subscribe(kind, exchange, key, queue, bell)
 
@@ -1612,21 +1605,25 @@ class Store:
         """Let go of connections, and of files that are not in use; the store opens them again."""
 
     def wait(
-        self, ids: Sequence[str], timeout: float | None, interval: float = 0.5, on_tick: Any = None
-    ) -> Iterator[dict[str, tuple[str, str]]]:
+        self, ids: Sequence[str], timeout: float | None, interval: float = 0.5,
+        on_tick: Any = None, on_state: Any = None,
+    ) -> Iterator[dict[str, tuple[str, str]]]:  # fmt: skip
         """Yield {id: (state, meta text)} of ids that have their end, as they come, until all have.
-
         Raises TimeoutError when `timeout` seconds have passed; calls `on_tick` every `interval`
-        seconds. It looks for the first 200 that are missing: for all, n results take n² looks.
-        """
+        seconds, and `on_state` with each meta text that it sees and is new. It looks for the first
+        200 that are missing: for all, n results take n² looks."""
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
-        missing = dict.fromkeys(ids)
+        missing: dict[str, str | None] = dict.fromkeys(ids)
         bell = None
         with contextlib.ExitStack() as stack:
             while missing:
                 if bell is not None:
                     bell.doze(hears=True)
                 window = self.get_results(list(itertools.islice(missing, 200)))
+                for id, (_, text) in window.items() if on_state else ():
+                    if text != missing[id]:
+                        missing[id] = text
+                        on_state(text)
                 found = {id: pair for id, pair in window.items() if pair[0] in READY_STATES}
                 for id in found:
                     del missing[id]
@@ -1726,9 +1723,8 @@ class SQLiteStore(Store):
 
     A process has one connection, opened when first needed, also after a fork. `with store as
     connection:` lends it to a thread, ends the transaction, and turns SQLite's errors into
-    OperationalError (ValueError for too large a value). Never open the file by other means: closing
-    any descriptor of it drops the locks that SQLite has for the whole process.
-    """
+    OperationalError (ValueError for a value that it cannot hold). Never open the file by other
+    means: closing any descriptor of it drops the locks that SQLite has for the whole process."""
 
     #: What the options of the address may be.
     OPTIONS = {"timeout": r"\d+(\.\d*)?", "synchronous": "off|normal|full|extra"}
@@ -1741,6 +1737,7 @@ class SQLiteStore(Store):
         # The real path: two names of one file must not make two run directories.
         self.path = os.path.realpath(place[1:]) if scheme == "sqlite" and place[1:] else None
         self.shared = self.path is not None
+        self.uri = "memory://" if self.path is None else "sqlite:///" + self.path
         self.folder = (self.path or _symbol("tempfile:mktemp")("", "taskq-")) + "-run"
         self.bells = Bells(self.folder)
         for name, value in options.items():
@@ -1751,17 +1748,19 @@ class SQLiteStore(Store):
         self._synchronous = options.get("synchronous", "normal")
         self._tickets = itertools.count(1)
         self._open: list[sqlite3.Connection] = []  # one, or none
+        self._stat: Any = None  # of the file that it has open
+        self._checked = 0.0  # when it was last seen to be the one at this path
         weakref.finalize(self, _close_all, self._open)  # also at the end of the process
 
-    def uri(self) -> str:
-        return "memory://" if self.path is None else "sqlite:///" + self.path
-
     # -- the connection ------------------------------------------------------------------------
-
     def __enter__(self) -> sqlite3.Connection:
         if not _lock.acquire(timeout=self._timeout):
             raise OperationalError(f"database {self.path}: database is locked")
         try:
+            if self._open and time.monotonic() - self._checked > 1.0:
+                self._checked = time.monotonic()
+                if self._is_elsewhere():
+                    _close_all(self._open)
             return self._open[0] if self._open else self._connect()
         except BaseException:
             _close_all(self._open)
@@ -1780,8 +1779,16 @@ class SQLiteStore(Store):
                 connection.execute("ROLLBACK")
             _lock.release()
         if isinstance(exc, sqlite3.Error):
-            error_type = ValueError if isinstance(exc, sqlite3.DataError) else OperationalError
+            is_about_store = type(exc) in (sqlite3.OperationalError, sqlite3.DatabaseError)
+            error_type = OperationalError if is_about_store else ValueError
             raise error_type(f"database {self.path}: {exc}") from None
+
+    def _is_elsewhere(self) -> bool:
+        """Return whether the file that is open has been deleted, moved or replaced: what is written
+        to it nobody else would see."""
+        with contextlib.suppress(OSError):
+            return self.path is not None and not os.path.samestat(os.stat(self.path), self._stat)
+        return True
 
     def _connect(self) -> sqlite3.Connection:
         path, until = self.path, time.monotonic() + self._timeout
@@ -1797,6 +1804,7 @@ class SQLiteStore(Store):
             while True:
                 try:
                     self._prepare(connection)
+                    self._stat = path and os.stat(path)
                     return connection
                 except sqlite3.OperationalError as exc:
                     # SQLite itself does not wait while another process turns a new file to WAL.
@@ -1848,7 +1856,6 @@ class SQLiteStore(Store):
                 _close_all(self._open)
 
     # -- messages ------------------------------------------------------------------------------
-
     def publish(self, deliveries: Rows, chords: Rows = (), run: Any = None) -> bool:
         with self as connection:
             if len(deliveries) > 1 or chords or run:
@@ -1872,7 +1879,7 @@ class SQLiteStore(Store):
         ready, next_due = self._execute(f"SELECT EXISTS ({waiting}), ({due})", queues)[0]
         return bool(ready) or next_due is not None and next_due <= time.time(), next_due
 
-    def settle(self, owner: int, settled: Settled, queues: Any = (), limit: int = 0) -> list[Claim]:
+    def settle(self, owner: Any, settled: Settled, queues: Any = (), limit: int = 0) -> list[Claim]:
         """Settle and claim in one transaction, then ring whoever waits for what it brought."""
         claims: list[Claim] = []
         outcomes = [outcome for _, outcome in settled]
@@ -1909,10 +1916,10 @@ class SQLiteStore(Store):
                 reason = str(outcome.reason).encode("utf-8", "backslashreplace")
                 connection.execute(_REJECT, (claim.queue, time.time(), reason, claim.raw))
         before = connection.total_changes
-        connection.executemany("DELETE FROM messages WHERE id = ? AND owner = ?", gone)
+        connection.executemany("DELETE FROM messages WHERE id = ? AND owner IS ?", gone)
         connection.executemany(_REQUEUE, back)
         if connection.total_changes - before < len(settled):
-            raise StaleClaim(f"another worker has taken over claims of {owner:x}")
+            raise StaleClaim("another worker has taken over some of them")
 
     def _ready(self, connection: sqlite3.Connection, queues: Sequence[str], limit: int) -> Any:
         """Return rows to claim: from each queue in turn while it has any, by priority."""
@@ -1935,17 +1942,15 @@ class SQLiteStore(Store):
         return self._write("DELETE FROM messages WHERE queue = ? AND owner IS NULL", [(queue,)])
 
     # -- results and chords ----------------------------------------------------------------------
-
     def put_results(self, results: Rows, parts: Rows = ()) -> list[Delivery]:
         with self as connection:
             connection.execute("BEGIN IMMEDIATE")
             complete = self._end_parts(connection, results, parts, again=True)
-        self.bells.ring((), [row[0] for row in results if row[1] in READY_STATES])
+        self.bells.ring((), [row[0] for row in results])
         return complete
 
     def _end_parts(self, connection: Any, results: Rows, parts: Rows, again: bool = False) -> Any:
-        """Store results and count parts; return the deliveries of chords that they complete, or
-        with `again` had completed before."""
+        """Store results, count parts; return what they complete, or with `again` had completed."""
         now = time.time()
         dated = [(*row, now + seconds if seconds else None) for *row, seconds in results]
         connection.executemany("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?)", dated)
@@ -1986,7 +1991,6 @@ class SQLiteStore(Store):
         return [part for (part,) in self._execute(sql, (chord,))]
 
     # -- bindings and housekeeping ---------------------------------------------------------------
-
     def bind(self, exchange: str, kind: str, routing_key: str, queue: str) -> None:
         row = (exchange, kind, routing_key, queue)
         self._execute("INSERT OR REPLACE INTO bindings VALUES (?, ?, ?, ?)", row)
@@ -1996,7 +2000,6 @@ class SQLiteStore(Store):
         return self._execute(sql, (exchange,))
 
     # -- posts, revokes and periodic tasks --------------------------------------------------------
-
     def fan_out(self, kind: str, exchange: str, posts: Rows) -> int:
         """Write posts once for all, if anybody listens; each Inbox knows how far it has read."""
         topic, expires = f"e:{exchange}", time.time() + 300
@@ -2063,8 +2066,7 @@ _stores: dict[tuple[str, str], Store] = {}
 
 
 def _before_fork() -> None:
-    """Close every connection: SQLite counts its locks by process, and a child that inherited one
-    would believe that it has its parent's locks."""
+    """Close the connections: with an inherited one a child would believe in its parent's locks."""
     _lock.acquire()
     for store in _stores.values():
         store.close()
@@ -2076,16 +2078,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_store(url: str, options: dict[str, Any]) -> Store:
-    """Return the store at an address; apps of one process share it.
-
-    sqlite:///relative.db, sqlite:////absolute.db, memory:// and redis:// are known; any other
-    scheme is an ImproperlyConfigured. Options come from `options` and from the URL's query.
-    """
+    """Return the store at an address, the same for all apps; its query may hold more options."""
     kinds: dict[str, Any] = dict.fromkeys(RedisStore.SCHEMES, RedisStore)
     kinds.update(sqlite=SQLiteStore, memory=SQLiteStore)
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme not in kinds:
-        why = f"taskq has no {scheme!r}; use sqlite:// (a file) or redis://"
+    is_known = separator and scheme in kinds
+    if not is_known or "://" in rest:
+        what = "second address to fall back on" if is_known else repr(scheme)
+        why = f"taskq has no {what}; use sqlite:// (a file) or redis://"
         raise ImproperlyConfigured(f"{_mask_url(url)!r}: {why}")
     query = _symbol("urllib.parse:parse_qsl")(rest.partition("?")[2], keep_blank_values=True)
     options = {**options, **dict(query)}
@@ -2109,9 +2109,11 @@ def open_store(url: str, options: dict[str, Any]) -> Store:
 #   taskq.due        sorted set of tags in `unacked` that wait for their ETA: due:UNIQUE:LIST
 #   taskq.rejected   list of the last 10,000 rejected messages: about it in JSON, newline, text
 #   taskq.runs       hash of the last runs of periodic tasks; taskq.runs.count: how many there were
-#   G.b              beside Celery's keys of a chord, G.s and so on: list and text for its end
+#
+# What is sent at a chord's end lies in Celery's G.d, beside the ids of the parts that have ended:
+# whoever sends it, of either kind, deletes that.
 
-_CHORD = "celery-taskset-meta-"  # before a chord's id in its keys
+_CHORD = "celery-taskset-meta-"  # before the id of a chord, or of a group that is saved
 
 #: All that must happen at once: run commands, among them the ends of claims, and make new claims.
 _SCRIPT = """
@@ -2167,13 +2169,16 @@ local function part(key, id, place, value, ttl, again, list, text)
     if call('SADD', key .. '.d', id .. ':' .. place) == 1 then
         call('ZADD', key .. '.j', place, value)
     end
-    for _, name in ipairs({'.j', '.t', '.s', '.d', '.b'}) do
+    for _, name in ipairs({'.j', '.t', '.s', '.d'}) do
         call('EXPIRE', key .. name, ttl)
     end
     local parts = size and size + (call('GET', key .. '.t') or 0)
     if call('ZCARD', key .. '.j') ~= parts then return end
-    local body = call('LRANGE', key .. '.b', 0, 1)
-    if #body == 0 then body = {list, text} end
+    local body = {list, text}
+    for _, item in ipairs(call('SMEMBERS', key .. '.d')) do
+        local kept = string.match(item, '^taskq.end(.*)')
+        if kept then body = cjson.decode(kept) end
+    end
     if body[1] ~= '' and (over or call('SET', key .. '.c', 'done', 'NX', 'EX', 86400)) then
         body[2] = named(body[2], key)
         if again == '1' then
@@ -2195,6 +2200,7 @@ while at <= #ARGV do
         gone = again and is_taken(command[2])  -- it has been settled by such a call
         call('HDEL', unacked, command[2])
         call('ZREM', index, command[2])
+        if string.sub(command[2], 1, 4) == 'due:' then call('ZREM', due, command[2]) end
     elseif command[1] == 'part' and not gone then
         part(unpack(command, 2))
     elseif command[1] ~= 'expect' and not gone then
@@ -2231,8 +2237,7 @@ return {'ok', wrong, claims, done, strays}
 
 
 class RedisBell(Bell):
-    """A Bell that Redis rings too: for a worker when somebody pushes to a list that it has looked
-    at, for a client when a result is published."""
+    """A Bell that Redis rings too: when a list is pushed to, a result or a post is published."""
 
     _line: Any = None  # the connection on which Redis rings
 
@@ -2279,8 +2284,7 @@ class RedisBell(Bell):
         return heard
 
     def _drain(self, timeout: float) -> None:
-        """Hear all that comes on the line within `timeout` seconds, or until somebody rings
-        otherwise; whatever it is ends the next wait."""
+        """Hear what comes on the line within `timeout` seconds; it ends the next wait."""
         try:
             _readable(self._line._sock, timeout, *self._fds[:1])
             while self._line.can_read(timeout=0):
@@ -2326,12 +2330,10 @@ class RedisBell(Bell):
 
 
 class RedisStore(Store):
-    """A store on a Redis server, in Celery's own format: see above.
-
-    Every thread has a connection, a sleeper one more, a process with workers a thread for their
-    heartbeats. That a worker is dead is seen at once by its journal on the same machine, elsewhere
-    by missing heartbeats, and by Celery's visibility time-out where no worker of taskq is left.
-    """
+    """A store on a Redis server, in Celery's own format: see above. Every thread has a connection,
+    a sleeper one more, a process with workers a thread for their heartbeats. That a worker is dead
+    is seen at once by its journal on the same machine, elsewhere by missing heartbeats, and by
+    Celery's visibility time-out where no worker of taskq is left."""
 
     foreign = True
     SCHEMES = {"redis": "redis", "valkey": "redis", "rediss": "rediss", "valkeys": "rediss"}
@@ -2346,16 +2348,13 @@ class RedisStore(Store):
         "socket_connect_timeout": 5.0,
     }
     #: More options of the connections, `ssl_…` too.
-    CONNECTION = (
-        "socket_keepalive socket_keepalive_options health_check_interval client_name".split()
-    )
+    CONNECTION = """socket_keepalive socket_keepalive_options health_check_interval
+        client_name""".split()
     #: Options of Celery's for what needs none here.
-    NO_EFFECT = (
-        "max_connections retry_on_timeout retry_policy max_retries interval_start interval_step "
-        "interval_max polling_interval queue_order_strategy fanout_patterns result_chord_ordered "
-        "unacked_restore_limit unacked_restore_interval unacked_restore_throttle "
-        "unacked_mutex_expire".split()
-    )
+    NO_EFFECT = """max_connections retry_on_timeout retry_policy max_retries interval_start
+        interval_step interval_max polling_interval queue_order_strategy fanout_patterns
+        result_chord_ordered unacked_restore_limit unacked_restore_interval
+        unacked_restore_throttle unacked_mutex_expire""".split()
     #: Keys, of which kind they must be.
     KEYS = {"unacked": "hash", "unacked_index": "zset", "taskq.due": "zset"}
     KEYS.update({"taskq.workers": "zset", "taskq.runs": "hash"})
@@ -2369,12 +2368,11 @@ class RedisStore(Store):
         try:
             import redis
         except ImportError:
-            raise ImproperlyConfigured(
-                f"{_mask_url(url)} needs redis-py, which is not installed: pip install redis"
-            ) from None
+            why = "needs redis-py, which is not installed: pip install redis"
+            raise ImproperlyConfigured(f"{_mask_url(url)} {why}") from None
         self.redis: Any = redis
         self.errors = (redis.RedisError, OSError)
-        self.url = url
+        self.uri = _mask_url(url)
         at = self._options = self._parse(url, options)
         self._prefix = at.pop("global_keyprefix")
         self._result_prefix = at.pop("result_prefix")
@@ -2401,6 +2399,7 @@ class RedisStore(Store):
         self._holders: dict[int, types.SimpleNamespace] = {}
         self._beating: threading.Thread | None = None
         self._beats = threading.Lock()  # for each beat, and while one of them leaves
+        self._revoked: collections.deque[str] = collections.deque(maxlen=1000)
         self._looked = self._up_since = 0.0  # the last look for dead workers, the first in a row
 
     def _parse(self, url: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -2427,11 +2426,7 @@ class RedisStore(Store):
         unfit = {n for n in made if is_socket and n.startswith("socket_keepalive")}
         return {name: made[name] for name in made.keys() - {*self.NO_EFFECT} - unfit}
 
-    def uri(self) -> str:
-        return self.url
-
     # -- keys ------------------------------------------------------------------------------------
-
     def _key(self, name: str) -> str:
         return self._prefix + name
 
@@ -2467,7 +2462,6 @@ class RedisStore(Store):
         return self._key(f"_kombu.binding.{exchange}"), row
 
     # -- connections -----------------------------------------------------------------------------
-
     def connect(self) -> Any:
         """Return a new connection."""
         options = dict(self._options)
@@ -2490,7 +2484,7 @@ class RedisStore(Store):
         version = re.search(rb"redis_version:(\d+)", about)
         if b"cluster_enabled:1" in about or version and int(version[1]) < 6:
             why = "is a cluster, or older than Redis 6: taskq needs a single server of 6 or later"
-            raise OperationalError(f"Redis at {_mask_url(self.url)} {why}")
+            raise OperationalError(f"Redis at {self.uri} {why}")
         kinds = self.send(connection, *(("TYPE", key) for key in self._keys))
         for key, kind, wanted in zip(self._keys, map(bytes.decode, kinds), self.KEYS.values()):
             if kind not in (wanted, "none"):
@@ -2508,7 +2502,7 @@ class RedisStore(Store):
         except BaseException as exc:  # an interrupt, too: the next would be given this reply
             connection.disconnect()
             if isinstance(exc, self.errors):
-                raise OperationalError(f"Redis at {_mask_url(self.url)}: {exc}") from None
+                raise OperationalError(f"Redis at {self.uri}: {exc}") from None
             raise
 
     def _call(self, *commands: Sequence[Any], tries: int = 1) -> list[Any]:
@@ -2517,7 +2511,8 @@ class RedisStore(Store):
         while True:
             connection = local.pop("connection", None)
             try:
-                connection = connection or self.connect()
+                if connection is None or _readable(connection._sock, 0):  # closed meanwhile
+                    connection = self.connect()
                 replies = self.send(connection, *commands)
                 local["connection"] = connection
                 return replies
@@ -2532,11 +2527,8 @@ class RedisStore(Store):
         first: int = 0, sure: int = 0, tries: int = 1, now: float = 0.0,
     ) -> list[Any]:  # fmt: skip
         """Run the script: commands, and for an owner claim `limit` messages, with tickets from
-        `first` on; an earlier call may have claimed those from `sure` on.
-
-        Returns new claims [list, message, whether it has an ETA], chords that are complete [list,
-        message], and the tags that an earlier call has claimed.
-        """
+        `first` on; an earlier call may have claimed those from `sure` on. Returns new claims [list,
+        message, whether it has an ETA], complete chords [list, message], such a call's tags."""
         lists = self._lists(queues)
         known, tag = self._key(f"taskq.owner.{owner}"), owner and owner + ":"
         keys = (self._unacked, self._index, self._due, known, *lists)
@@ -2555,7 +2547,6 @@ class RedisStore(Store):
         return rows
 
     # -- messages --------------------------------------------------------------------------------
-
     def publish(self, deliveries: Rows, chords: Rows = (), run: Any = None) -> bool:
         """Push to the lists; those with an ETA too, for a worker of any kind to keep until due."""
         commands = self._commands((), deliveries, chords, ())
@@ -2587,14 +2578,14 @@ class RedisStore(Store):
         for chord, number, delivery in chords:
             key = self.result_key(_CHORD + chord)
             if not number:
-                made.append(("DEL", *(key + end for end in (".j", ".t", ".s", ".d", ".b"))))
+                made.append(("DEL", *(key + end for end in (".j", ".t", ".s", ".d"))))
                 made.append(("SET", key + ".c", "done", "EX", 300))
             elif delivery is None:
                 made.append(("INCRBY", key + ".t", number))
             else:
-                made += ("DEL", key + ".c", key + ".b"), ("SET", key + ".s", number, "EX", ttl)
-                made.append(("RPUSH", key + ".b", *self._body(delivery)))
-                made.append(("EXPIRE", key + ".b", ttl))
+                made += ("DEL", key + ".c"), ("SET", key + ".s", number, "EX", ttl)
+                made.append(("SADD", key + ".d", f"taskq.end{json.dumps(self._body(delivery))}"))
+                made.append(("EXPIRE", key + ".d", ttl))
         metas = {id: (state, text) for id, state, text, _ in results} if parts else {}
         for chord, place, id, delivery in parts:
             state, text = metas.get(id, (SUCCESS, '{"result": null}'))
@@ -2628,9 +2619,8 @@ class RedisStore(Store):
         next_due = float(first[1]) if first else None
         return int(waiting) > 0 or (next_due or 1e99) <= time.time(), next_due
 
-    def settle(self, owner: int, settled: Settled, queues: Any = (), limit: int = 0) -> list[Claim]:
-        """Settle and claim with one script. Should its reply be lost, the next one passes over what
-        it has settled, and finds what it has claimed."""
+    def settle(self, owner: Any, settled: Settled, queues: Any = (), limit: int = 0) -> list[Claim]:
+        """Settle and claim with one script; the next one makes up for a reply that is lost."""
         if not limit and owner not in self._holders:
             self._run(self._changes(settled))
             return []
@@ -2679,10 +2669,9 @@ class RedisStore(Store):
         due = 0.0
         with contextlib.suppress(MalformedMessage):  # whoever executes it rejects it
             due = _timestamp(claim.message.headers.get("eta") or "1970-01-01")
-        if due <= time.time():
+        if due <= time.time() or claim.head[1] in self._revoked:
             return False
-        place = self._list(claim.queue, claim.priority)
-        tag = f"due:{claim.key.replace(':', '.')}:{place}"
+        tag = f"due:{claim.key.replace(':', '.')}:{self._list(claim.queue, claim.priority)}"
         value = b'[%b,"",%b]' % (claim.raw, json.dumps(claim.queue).encode())
         aside = [("ZADD", key, due, tag) for key in (self._index, self._due)]
         self._run([("end", claim.key), ("HSET", self._unacked, tag, value), *aside])
@@ -2707,7 +2696,6 @@ class RedisStore(Store):
         return [tag for tag in map(bytes.decode, tags) if tag.split(":", 2)[2] in lists]
 
     # -- heartbeats and recovery -----------------------------------------------------------------
-
     def _enlist(self, owner: int) -> types.SimpleNamespace:
         """Begin with the heartbeats of a worker of this process."""
         holder = types.SimpleNamespace(held={}, ticket=1, sure=1)
@@ -2719,8 +2707,7 @@ class RedisStore(Store):
         return holder
 
     def _beat(self) -> None:
-        """Beat for the workers of this process while there are any: in a thread, since a task of
-        the solo pool may keep the main one."""
+        """Beat for this process's workers, in a thread: a task may keep the main one."""
         while self._holders:
             time.sleep(min(self.BEAT, self._visibility / 3))
             with contextlib.suppress(OperationalError), self._beats:
@@ -2759,18 +2746,15 @@ class RedisStore(Store):
         return seconds + micros / 1e6
 
     def recover(self, lost: Lost, settle: Callable[[int, Settled], Any]) -> int:
-        """Recover also the claims of workers whose heart has stopped, and what has been claimed for
-        longer than the visibility time-out."""
+        """Recover also the claims of workers whose heart has stopped, and what is overdue."""
         count, now = super().recover(lost, settle), time.monotonic()
         workers, index = self._workers, self._index
         if now - self._looked > 2 * self.BEAT:  # perhaps nobody could beat: let them do it first
             self._up_since = now
         self._looked = now
         dead, late = self._now() - self.DEAD, time.time() - self._visibility
-        names, overdue = self._call(
-            ("ZRANGEBYSCORE", workers, "-inf", dead),
-            ("ZRANGEBYSCORE", index, "-inf", late, "LIMIT", 0, 100),
-        )
+        old, some = ("ZRANGEBYSCORE", index, "-inf", late), ("LIMIT", 0, 100)
+        names, overdue = self._call(("ZRANGEBYSCORE", workers, "-inf", dead), old + some)
         for name in names if now - self._up_since > 2 * self.BEAT else ():
             owner = int(name, 16)
             if not os.path.exists(os.path.join(self.folder, f"{owner:x}.journal")):
@@ -2806,12 +2790,10 @@ class RedisStore(Store):
                 raw = kept[1]
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
                 priority = json.loads(raw)["properties"].get("priority") or 0
-            number = int(ticket) if ticket.isdigit() else 0
-            found.append(Claim(tag, number, queue, priority, raw))
+            found.append(Claim(tag, int(ticket) if ticket.isdigit() else 0, queue, priority, raw))
         return found
 
     # -- results ---------------------------------------------------------------------------------
-
     def put_results(self, results: Sequence[Sequence[Any]], parts: Sequence[Any] = ()) -> list[Any]:
         """Set and publish results, count parts; return the deliveries of complete chords."""
         _, done, _ = self._run(self._commands(results, (), (), parts, again=1), tries=self.TRIES)
@@ -2835,7 +2817,6 @@ class RedisStore(Store):
             self._call(("DEL", *map(self.result_key, ids)), tries=self.TRIES)
 
     # -- bindings and housekeeping ---------------------------------------------------------------
-
     def bind(self, exchange: str, kind: str, routing_key: str, queue: str) -> None:
         key, row = self._binding(exchange, kind, routing_key, queue)
         permanent = self._key(f"_kombu.binding_permanent.{exchange}")
@@ -2847,7 +2828,6 @@ class RedisStore(Store):
         return [("topic" if pattern else "direct", key, queue) for key, pattern, queue in found]
 
     # -- posts and periodic tasks ----------------------------------------------------------------
-
     def fan_out(self, kind: str, exchange: str, posts: Sequence[Any]) -> int:
         """Publish posts; push replies to the lists that are bound."""
         made: list[Any] = []
@@ -2863,8 +2843,7 @@ class RedisStore(Store):
         """Let the bell subscribe to a channel, or bind a list to a 'direct' exchange."""
         if kind != "direct":
             pattern = self._channel(exchange, key.replace("#", "*"))
-            read = functools.partial(bell.take_posts, pattern)
-            return Inbox([f"e:{pattern}"], read)
+            return Inbox([f"e:{pattern}"], functools.partial(bell.take_posts, pattern))
         binding, place = self._binding(exchange, kind, key, queue), self._key(queue)
 
         def pop() -> list[str]:
@@ -2877,6 +2856,11 @@ class RedisStore(Store):
 
         self._call(("SADD", *binding))
         return Inbox([f"q:{queue}"], pop, close)
+
+    def revoke(self, ids: Iterable[str], seconds: float) -> None:
+        """Note which tasks, the latest, are not to wait for their ETA: their worker discards them
+        when they come."""
+        self._revoked.extend(ids)
 
     def scheduled(self, queues: Sequence[str]) -> list[Claim]:
         return self._read(self._waiting(queues)[:1000])
@@ -2905,28 +2889,28 @@ def _state_of(text: bytes) -> tuple[str, str]:
     return names[names.index("status") + 1], _encode_base64(text)
 
 
-# ---------------------------------------------------------------------------------------------
-# 7. Results
-# ---------------------------------------------------------------------------------------------
+# ==== 7. Results =================================================================================
 
 
-class _Threads(threading.local):
-    """What each thread is doing: the tasks it runs, innermost last, whether it may wait for
-    others, and the Batch that gathers what it sends."""
+def _new_thread_state() -> Any:
+    """Return what has for each thread: its tasks, innermost last, each with its request; whether it
+    may wait; the Batch that it fills."""
 
-    def __init__(self) -> None:
-        self.stack: list[tuple[Any, Any]] = []  # (task, request)
-        self.may_join = True
-        self.batch: Any = None
+    class ThreadState(threading.local):
+        def __init__(self) -> None:
+            self.stack: list[tuple[Any, Any]] = []
+            self.may_join = True
+            self.batch: Any = None
+
+    return ThreadState()
 
 
-_thread = _Threads()
+_thread = _new_thread_state()
 
 
 @contextlib.contextmanager
 def allow_join_result(allowed: bool = True) -> Iterator[None]:
-    """Let a task wait for others: `with allow_join_result(): result.get()`. Mind deadlocks: where
-    all processes wait, none is left for those others."""
+    """Let a task wait for others: `with allow_join_result(): result.get()`. Mind deadlocks."""
     before, _thread.may_join = _thread.may_join, allowed
     try:
         yield
@@ -2935,11 +2919,9 @@ def allow_join_result(allowed: bool = True) -> Iterator[None]:
 
 
 def result_row(app: Any, request: Any, state: str, value: Any, traceback: Any = None) -> Any:
-    """Return what a store keeps of a task: (id, state, meta text, seconds to keep it or None).
-
-    The meta is Celery's, as JSON or base64 of a pickle. Raises EncodeError if a return value cannot
-    be serialized; an exception is, in the worst case, by its repr.
-    """
+    """Return what a store keeps of a task: (id, state, meta text, seconds to keep it or None). The
+    meta is Celery's, as JSON or base64 of a pickle. EncodeError if a return value cannot be
+    serialized; an exception is, in the worst case, by its repr."""
     conf = app.conf
     fails = state == FAILURE and conf.result_failure_expires is not None
     seconds = conf.seconds("result_failure_expires" if fails else "result_expires")
@@ -2968,7 +2950,7 @@ def result_row(app: Any, request: Any, state: str, value: Any, traceback: Any = 
     except EncodeError as cause:
         for name in {"args", "kwargs"} & meta.keys():  # of a pickle: JSON may not hold them
             meta[name] = request.get(f"{name}repr") or _repr(meta[name])
-        if state in EXCEPTION_STATES:
+        if isinstance(value, BaseException):
             meta["result"] = encode_exception(Exception(_repr(value)))
         try:
             text = serialize(meta, conf.result_serializer)[2]
@@ -2979,8 +2961,7 @@ def result_row(app: Any, request: Any, state: str, value: Any, traceback: Any = 
 
 
 def decode_result(app: Any, text: str) -> dict[str, Any]:
-    """Return the meta in a `result_row`: its result is an exception where the task failed, its
-    children are results."""
+    """Return the meta in a `result_row`, with exceptions and results as such."""
     accept = app.conf.result_accept_content or app.conf.accept_content
     kind = CONTENT_TYPES["json" if text.startswith("{") else "pickle"]
     meta = deserialize(text, kind, {*accept, "json"})
@@ -3009,10 +2990,8 @@ class ResultBase:
     id: Any = None
     #: The result of what was before it in a chain; of a chord's body, that of its header.
     parent: Any = None
-    #: The results that it is made of; None if it is one task's.
-    _parts: Any = None
-    #: Whether it is of a task that was sent with `ignore_result`.
-    ignored = False
+    _parts: Any = None  # the results that it is made of; None if it is one task's
+    ignored = False  # whether it is of a task that was sent with `ignore_result`
     _backend: Any = None
 
     backend = property(lambda result: result._backend or result.app.backend, doc="Its store.")
@@ -3031,32 +3010,22 @@ class ResultBase:
         return found
 
     def get(
-        self,
-        timeout: float | None = None,
-        propagate: bool = True,
-        interval: float = 0.5,
-        *,
-        callback: Callable[[str, Any], Any] | None = None,
-        on_interval: Callable[[], Any] | None = None,
-        disable_sync_subtasks: bool = True,
-        progress: bool = False,
-        no_ack: bool = True,
-        follow_parents: bool = True,
+        self, timeout: float | None = None, propagate: bool = True, interval: float = 0.5, *,
+        callback: Any = None, on_interval: Any = None, disable_sync_subtasks: bool = True,
+        progress: bool = False, no_ack: Any = None, follow_parents: Any = None,
         on_message: Any = None,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Wait until all tasks in it have their ends and return the result, or results in order.
-
         timeout: seconds, for all together, after which TimeoutError is raised; None waits for ever.
         propagate: raise the first error, as soon as it is known; otherwise errors are returned.
         callback: called with each id and result; on_interval: every `interval` seconds meanwhile.
         disable_sync_subtasks: raise RuntimeError inside a task.
+        on_message: called with each state that is seen, a dict such as {'status': 'PROGRESS', ...}.
         progress: draw a bar meanwhile, on a terminal or in a notebook, of its tasks and those of
-        its parents: a chain's steps, a chord's header. The others, of Celery's, change nothing.
-        """
+        its parents: a chain's steps, a chord's header. The others, of Celery's, change nothing."""
         if self.ignored:
-            raise NotImplementedError(
-                f"task {self} keeps no result: it was sent with ignore_result=True"
-            )
+            why = "keeps no result: it was sent with ignore_result=True"
+            raise NotImplementedError(f"task {self} {why}")
         if disable_sync_subtasks and not _thread.may_join:
             raise RuntimeError(
                 "Never call result.get() within a task!\n"
@@ -3064,7 +3033,8 @@ class ResultBase:
             )
         wanted = [leaf for leaf in self._flat() if not leaf.ignored]
         also = [leaf for node in self._lineage()[1:] for leaf in node._flat()] if progress else ()
-        for leaf in _as_they_end(wanted, also, progress, timeout, interval, on_interval):
+        tell = on_message and (lambda text: on_message(decode_result(self.app, text)))
+        for leaf in _as_they_end(wanted, also, progress, timeout, interval, on_interval, tell):
             if propagate:
                 leaf.maybe_throw()
         return self.maybe_throw(propagate, callback)
@@ -3106,8 +3076,7 @@ class ResultBase:
     def revoke(self, connection: Any = None, wait: bool = False, **how: Any) -> Any:
         """Have workers not run its tasks; `terminate=True`, `signal` (by default SIGTERM): also end
         those that run. wait: return the workers' replies, of `timeout` seconds."""
-        ids = [leaf.id for leaf in self._flat()]
-        return self.app.control.revoke(ids, reply=wait, **how)
+        return self.app.control.revoke([leaf.id for leaf in self._flat()], reply=wait, **how)
 
     def as_tuple(self) -> Any:
         """Return the result as nested tuples that JSON can hold; see `result_from_tuple`."""
@@ -3140,10 +3109,7 @@ def _of_meta(key: str, doc: str) -> Any:
 
 
 class AsyncResult(ResultBase):
-    """The result of a task, there or still to come: `add.delay(2, 2)` returns one.
-
-    Can be made from an id alone, in any process that has the app: `AsyncResult(id, app=app).get()`.
-    """
+    """The result of a task, there or to come; of any id: `AsyncResult(id, app=app).get()`."""
 
     TimeoutError = TimeoutError
 
@@ -3152,7 +3118,7 @@ class AsyncResult(ResultBase):
     ) -> None:
         if id is None:
             raise ValueError(f"AsyncResult requires valid id, not {type(id)}")
-        self.id = id
+        self.id = str(id)
         self.app = app_or_default(app)
         self._backend = backend
         self.parent = parent
@@ -3246,8 +3212,7 @@ class EagerResult(AsyncResult):
 
 
 def _as_they_end(wanted: Any, also: Any, progress: bool, *how: Any) -> Iterator[AsyncResult]:
-    """Yield results as they have their ends, those that are known to have them first, until all
-    that are `wanted` have. how: timeout, interval, on_interval."""
+    """Yield results as they have their ends, until all `wanted` have; how: as `Store.wait`."""
     yield from [leaf for leaf in wanted if leaf._cache is not None]
     unknown = {leaf.id: leaf for leaf in (*wanted, *also) if leaf._cache is None}
     missing = {leaf.id for leaf in wanted} & unknown.keys()
@@ -3314,9 +3279,6 @@ class ResultSet(ResultBase):
 class GroupResult(ResultSet):
     """The results of a group, in the order of its tasks."""
 
-    #: Under such an id the store keeps groups that are saved (Celery's name of the key on Redis).
-    SAVED = "celery-taskset-meta-{}"
-
     def __init__(
         self, id: Any = None, results: Any = None, parent: Any = None, app: Any = None, **_: Any
     ) -> None:
@@ -3328,17 +3290,17 @@ class GroupResult(ResultSet):
 
     def save(self) -> None:
         """Keep the group in the store, for `GroupResult.restore(id)`."""
-        row = (self.SAVED.format(self.id), "SAVED", _json_encode({"result": self.as_tuple()}))
+        row = (f"{_CHORD}{self.id}", "SAVED", _json_encode({"result": self.as_tuple()}))
         self.backend.put_results([(*row, self.app.conf.seconds("result_expires"))])
 
     def delete(self) -> None:
         """Remove a saved group from the store; its tasks' results stay."""
-        self.backend.forget([self.SAVED.format(self.id)])
+        self.backend.forget([f"{_CHORD}{self.id}"])
 
     @classmethod
     def restore(cls, id: str, app: Any = None) -> GroupResult | None:
         """Return the group that was saved under an id, or None."""
-        app, key = app_or_default(app), cls.SAVED.format(id)
+        app, key = app_or_default(app), f"{_CHORD}{id}"
         found = app.backend.get_results([key]).get(key)
         return found and result_from_tuple(json.loads(found[1])["result"], app)
 
@@ -3348,8 +3310,6 @@ class GroupResult(ResultSet):
 
 def result_from_tuple(found: Any, app: Any = None) -> Any:
     """Return the result that `as_tuple` has described."""
-    if isinstance(found, ResultBase):
-        return found
     (id, parent), nodes = found if isinstance(found[0], (list, tuple)) else ((found[0], None), None)
     app, parent = app_or_default(app), parent and result_from_tuple(parent, app)
     if nodes is None:
@@ -3357,9 +3317,7 @@ def result_from_tuple(found: Any, app: Any = None) -> Any:
     return GroupResult(id, [result_from_tuple(node, app) for node in nodes], parent, app=app)
 
 
-# ---------------------------------------------------------------------------------------------
-# 8. Canvas
-# ---------------------------------------------------------------------------------------------
+# ==== 8. Canvas ==================================================================================
 
 
 def _item(key: str, doc: str, inside: str | None = None) -> Any:
@@ -3375,10 +3333,12 @@ def _item(key: str, doc: str, inside: str | None = None) -> Any:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return an option that may be nothing, one thing or a list of them, as a list."""
+    """Return what may be nothing, one thing, names with commas or a list of things, as a list."""
     if value is None:
         return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    return list(value) if isinstance(value, (list, tuple, set)) else [value]
 
 
 def _signature_of(value: Any, app: Any = None) -> Any:
@@ -3396,13 +3356,10 @@ def _links(linked: Any) -> list[Any]:
 
 
 class Signature(dict):
-    """A call of a task that is not sent yet: `add.s(2, 2)`. A dict, so that JSON can hold it.
+    """A call of a task that is not sent yet: `add.s(2, 2)`. A dict, so that JSON can hold it. Its
+    arguments may be partial: those of the call come before them. `immutable` ones take no more."""
 
-    Arguments may be partial: those of the call come before its own. `immutable` ones take no more.
-    """
-
-    #: The classes of composed signatures by `subtask_type`.
-    TYPES: dict[str, Any] = {}
+    TYPES: dict[str, Any] = {}  # the classes of composed signatures by `subtask_type`
     _app: Any = None
     _type: Any = None
 
@@ -3416,16 +3373,9 @@ class Signature(dict):
     id = _item("task_id", "The task's id, once it is known.", "options")
 
     def __init__(
-        self,
-        task: Any = None,
-        args: Any = None,
-        kwargs: Any = None,
-        options: Any = None,
-        subtask_type: str | None = None,
-        immutable: bool = False,
-        app: Any = None,
-        **more: Any,
-    ) -> None:
+        self, task: Any = None, args: Any = None, kwargs: Any = None, options: Any = None,
+        subtask_type: str | None = None, immutable: bool = False, app: Any = None, **more: Any,
+    ) -> None:  # fmt: skip
         self._app = app
         if isinstance(task, Task):
             self._type, task = task, task.name
@@ -3467,13 +3417,9 @@ class Signature(dict):
         inner = [sig for sig in (self._inner() or ())[:2] if sig._inner() != []]
         return inner[0].app if inner else app_or_default()
 
-    @property
-    def type(self) -> Any:
-        """The task itself; NotRegistered if this app does not have it."""
-        return self._type or self.app.tasks[self["task"]]
+    type = property(lambda sig: sig._type or sig.app.tasks[sig["task"]], doc="The task itself.")
 
     # -- making others of it ---------------------------------------------------------------------
-
     def _merge(self, args: Any, kwargs: Any, options: Any = None) -> tuple[Any, Any, Any]:
         """Return (args, kwargs, options) with others added."""
         merged = {**self.options, **(options or {})}
@@ -3481,18 +3427,15 @@ class Signature(dict):
             return self.args, self.kwargs, merged
         return (*(args or ()), *self.args), {**self.kwargs, **(kwargs or {})}, merged
 
-    def clone(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
-        """Return a copy with these arguments and options added."""
-        return self._copy(self._app, args, kwargs, options)
-
-    def _copy(self, app: Any, args: Any = None, kwargs: Any = None, options: Any = None) -> Any:
+    def clone(self, args: Any = None, kwargs: Any = None, app: Any = None, **options: Any) -> Any:
+        """Return a copy with these arguments and options added, and an app where it has none."""
         args, kwargs, merged = self._merge(args, kwargs, options)
         for name in ("link", "link_error"):
             if name in merged:
                 merged[name] = _listed(merged[name])
         new = {**self, "args": args, "kwargs": dict(kwargs), "options": merged}
         try:
-            sig = type(self).from_dict(new, app)
+            sig = type(self).from_dict(new, self._app or app)
         except RecursionError:
             raise ValueError(f"{_repr(self, 200)} contains itself") from None
         sig._type = self._type
@@ -3537,7 +3480,6 @@ class Signature(dict):
         return self | other
 
     # -- calling it ------------------------------------------------------------------------------
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task here and return its result."""
         args, kwargs, _ = self._merge(args, kwargs)
@@ -3559,6 +3501,10 @@ class Signature(dict):
         """Run it here, as a worker would; return its EagerResult."""
         args, kwargs, options = self._merge(args, kwargs, options)
         return self.type.apply(args, kwargs, **options)
+
+    def __invert__(self) -> Any:
+        """Send it, wait for its result and return that: `~add.s(2, 2)`, for a shell."""
+        return self.apply_async().get()
 
     def freeze(self, _id: str | None = None, **options: Any) -> Any:
         """Give it the id that it will have, and such options as `root_id`; return its result."""
@@ -3778,7 +3724,7 @@ class chain(_Composed):  # noqa: N801
             for step in sig.tasks:
                 given = args if result is None else (result.get(),)
                 found = step.apply(given, kwargs, **sig.options)
-                found.parent, result, kwargs = result, found, None
+                found._lineage()[-1].parent, result, kwargs = result, found, None
                 if not result.successful():
                     break
         return result
@@ -3790,8 +3736,7 @@ class chain(_Composed):  # noqa: N801
 
 @Signature.register_type()
 class group(_Composed):  # noqa: N801
-    """Tasks side by side: `group(add.s(i, i) for i in range(10))()` returns a GroupResult. Inner
-    groups are unrolled."""
+    """Tasks side by side, inner groups unrolled: `group(add.s(i, i) for i in range(10))()`."""
 
     def __new__(cls, *tasks: Any, app: Any = None, **options: Any) -> Any:
         return cls._of({"tasks": _given(tasks)}, options, app)
@@ -3820,11 +3765,11 @@ class group(_Composed):  # noqa: N801
             task.set(countdown=wait if stop is None else min(wait, stop))
         return self
 
-    def freeze(self, _id: str | None = None, root_id: str | None = None, **_: Any) -> Any:
-        """Give every task its id; return the GroupResult."""
+    def freeze(self, _id: Any = None, root_id: Any = None, places: bool = True, **_: Any) -> Any:
+        """Give every task its id, and its place in the group; return the GroupResult."""
         gid = self.options.setdefault("task_id", _id or uuid())
         results = [task.freeze(root_id=root_id) for task in self.tasks]
-        for index, task in enumerate(self.tasks):
+        for index, task in enumerate(self.tasks if places else ()):
             _place(task, gid, index)
         return self._result(results)
 
@@ -3852,8 +3797,7 @@ class group(_Composed):  # noqa: N801
 
 @Signature.register_type()
 class chord(_Composed):  # noqa: N801
-    """A task that is called with the results of others, in a list: `chord(header)(body)`, where the
-    header is tasks side by side."""
+    """A task that is called with the results of others, in a list: `chord(header)(body)`."""
 
     header = _item("header", "The header, a group.", "kwargs")
     tasks = property(lambda sig: sig.header.tasks, doc="The signatures in the header.")
@@ -3875,13 +3819,14 @@ class chord(_Composed):  # noqa: N801
             self._pass_links()
 
     def __call__(self, body: Any = None, **options: Any) -> Any:
-        whole = self if body is None else self.clone(kwargs={"body": body})
-        return whole.apply_async(**options)
+        return (self if body is None else self.clone(kwargs={"body": body})).apply_async(**options)
 
     def freeze(self, _id: str | None = None, root_id: str | None = None, **_: Any) -> Any:
         """Give every task its id; return the body's result, whose eldest parent is the header's."""
         result = self.body.freeze(_id, root_id=root_id)
-        header = result._lineage()[-1].parent = self.header.freeze(root_id=root_id)
+        # Without places: Celery gives the header of a later step another id.
+        header = self.header.freeze(root_id=root_id, places=False)
+        result._lineage()[-1].parent = header
         for part in header._flat():
             part.ignored = False  # the body needs it
         self.options["task_id"] = header.id  # there Celery looks for the group's id
@@ -3924,8 +3869,10 @@ class chord(_Composed):  # noqa: N801
                 if part.state in PROPAGATE_STATES:
                     exc = ChordError(f"Dependency {part.id} raised {part.result!r}")
                     _body_failed(self.app, Context(is_eager=True), sig.body, exc, None)
-                    return EagerResult(result.id, exc, FAILURE, app=self.app)
-            return sig.body.apply((parts.get(),))
+                    return EagerResult(result.id, exc, FAILURE, app=self.app, parent=parts)
+            result = sig.body.apply((parts.get(),))
+        result._lineage()[-1].parent = parts
+        return result
 
     def _inner(self) -> list[Any]:
         return [self.header] if self.body is None else [self.header, self.body]
@@ -3984,6 +3931,10 @@ class chunks(xmap):  # noqa: N801
         """Send all chunks; return the GroupResult."""
         return self.group().apply_async(args, kwargs, **{**self.options, **options})
 
+    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """Run all chunks here; return the GroupResult."""
+        return self.group().apply(args, kwargs, **{**self.options, **options})
+
     __call__, __repr__ = apply_async, Signature.__repr__
 
 
@@ -4004,15 +3955,13 @@ def maybe_signature(data: Any, app: Any = None, clone: bool = False) -> Any:
     if not isinstance(data, Signature):
         data = Signature.from_dict(data, app)
     elif clone:
-        data = data._copy(data._app or app)  # so have those in it
+        data = data.clone(app=app)  # so have those in it
     if data._app is None:
         data._app = app
     return data
 
 
-# ---------------------------------------------------------------------------------------------
-# 9. Task and app
-# ---------------------------------------------------------------------------------------------
+# ==== 9. Task and app ============================================================================
 
 
 class Exchange(collections.namedtuple("Exchange", "name type")):
@@ -4021,8 +3970,8 @@ class Exchange(collections.namedtuple("Exchange", "name type")):
 
     def __new__(cls, name: str = "", type: str = "direct", **_: Any) -> Any:
         if type not in ("direct", "topic", "fanout"):
-            expected = "expected 'direct', 'topic' or 'fanout'"
-            raise ImproperlyConfigured(f"exchange {name!r} has type {type!r}: {expected}")
+            why = f"exchange {name!r} has type {type!r}: expected 'direct', 'topic' or 'fanout'"
+            raise ImproperlyConfigured(why)
         return super().__new__(cls, name, type)
 
 
@@ -4053,20 +4002,23 @@ class Router:
         """Add a queue, with the default exchange and key where it names none."""
         if isinstance(queue, str):
             queue = Queue(queue, Exchange(queue), queue)
-        elif not isinstance(queue, Queue):
-            expected = "expected names or Queue objects"
-            raise ImproperlyConfigured(f"task_queues holds {_repr(queue, 60)}: {expected}")
-        name, exchange, key = queue
+        try:  # kombu's Queue will do, too
+            name, exchange, key = queue.name, queue.exchange, queue.routing_key
+        except AttributeError:
+            why = f"{_repr(queue, 60)} is no queue: expected a name or a Queue object"
+            raise ImproperlyConfigured(why) from None
+        if getattr(queue, "alias", None) or getattr(queue, "bindings", None):
+            why = "taskq has no Broadcast, and binds a queue to one exchange"
+            raise ImproperlyConfigured(f"{_repr(queue, 60)}: {why}")
         name.encode()  # what the store could not keep is an error here
-        exchange = exchange if exchange and exchange.name else self.default.exchange
+        is_named = bool(getattr(exchange, "name", ""))
+        exchange = Exchange(exchange.name, exchange.type) if is_named else self.default.exchange
         self.queues[name] = Queue(name, exchange, key or self.default.routing_key)
 
     def queue(self, queue: Any) -> Queue:
         """Return the queue of a name; makes it where `task_create_missing_queues` allows."""
         name: Any = getattr(queue, "name", queue)
-        if name not in self.queues:
-            if name == self.default.name:
-                return self.default
+        if not isinstance(name, str) or name not in self.queues:
             if isinstance(queue, str) and not self.app.conf.task_create_missing_queues:
                 raise QueueNotFound(f"Queue {name!r} missing from task_queues")
             self.add(queue)
@@ -4077,7 +4029,13 @@ class Router:
         for route in self.routes:
             found = route(name, args, kwargs, options, task=task)
             if found is not None:
-                found = {"queue": found} if isinstance(found, (str, Queue)) else dict(found)
+                if isinstance(found, str) or hasattr(found, "routing_key"):
+                    found = {"queue": found}
+                elif not isinstance(found, dict):
+                    why = (
+                        f"task_routes has {_repr(found, 60)} for {name}: expected a queue or a dict"
+                    )
+                    raise ImproperlyConfigured(why)
                 return {**found, **{k: v for k, v in options.items() if v is not None}}
         return options
 
@@ -4149,6 +4107,13 @@ def _symbol(name: str) -> Any:
 Prepared = collections.namedtuple("Prepared", "message payload deliveries")
 
 
+def tell_published(calls: Iterable[Prepared]) -> None:
+    """Tell the receivers of `after_task_publish` of calls that were sent."""
+    for (headers, properties, *_), payload, _ in calls if after_task_publish.receivers else ():
+        info = properties["delivery_info"]
+        after_task_publish.send(sender=headers["task"], body=payload, headers=headers, **info)
+
+
 class Batch(types.SimpleNamespace):
     """What is sent together, all or none; with a task's end also others' results, chords' parts."""
 
@@ -4176,13 +4141,11 @@ class Context(types.SimpleNamespace):
         self.follow_ups = Batch()  # what is settled together with the task's own end
         self.children: list[Any] = []  # the results of the tasks that this one has called
 
+    def __repr__(self) -> str:
+        return f"<Context: { {k: v for k, v in vars(self).items() if k != 'follow_ups'} }>"
+
     time_limit = property(lambda request: (request.timelimit or (None, None))[0], doc="Seconds.")
     soft_time_limit = property(lambda request: (request.timelimit or (None, None))[1], doc="Same.")
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """Which group's member, or chord's part, it is, as options of a call."""
-        return {"group_id": self.group, "group_index": self.group_index, "chord": self.chord}
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Set attributes."""
@@ -4224,6 +4187,7 @@ class Proxy:
 
     __getattr__ = _forwarded(getattr)
     __setattr__ = _forwarded(setattr)
+    __delattr__ = _forwarded(delattr)  # unittest.mock.patch('tasks.add.delay') does that
     __call__ = _forwarded(lambda found, *args, **kw: found(*args, **kw))
     __bool__ = _forwarded(bool)
     __eq__ = _forwarded(lambda found, other: found == other)
@@ -4242,50 +4206,38 @@ _shared: list[Callable[[Any], Any]] = []
 _by_name: dict[str, Callable[[Any], Any]] = {}
 
 
-def _find_current_app() -> TaskQ:
-    if not _current:
-        TaskQ("default").home = None  # it has become the current one
-    return _current[-1]
+def app_or_default(app: TaskQ | None = None) -> TaskQ:
+    """Return `app`, or the current one."""
+    if app is None and not _current:
+        TaskQ("default").home = None  # it becomes the current one
+    return _current[-1] if app is None else app
 
 
-current_app: Any = Proxy(_find_current_app)
+current_app: Any = Proxy(app_or_default)
 current_task: Any = Proxy(lambda: _thread.stack[-1][0] if _thread.stack else None)
 
 
-def app_or_default(app: TaskQ | None = None) -> TaskQ:
-    """Return `app`, or the current one."""
-    return app if app is not None else current_app._get_current_object()
-
-
 #: Attributes of a task whose defaults are settings: `time_limit` is `task_time_limit`.
-_FROM_SETTINGS = {
-    re.sub("^task_(default_)?", "", name): name for name in SETTINGS if name[:4] == "task"
-}
+_FROM_SETTINGS = {re.sub("^task_(default_)?", "", n): n for n in SETTINGS if n[:4] == "task"}
 
 
 class Task:
     """A task: what `@app.task` makes of a function, or the base of a class with a `run` method.
-
     Attributes set in a class or by the decorator's options override the settings they are named
     after. Handlers that a subclass may define: before_start(task_id, args, kwargs),
     on_success(retval, task_id, args, kwargs); on_failure and on_retry(exc, task_id, args, kwargs,
-    einfo); after_return(status, retval, task_id, args, kwargs, einfo).
-    """
+    einfo); after_return(status, retval, task_id, args, kwargs, einfo)."""
 
     MaxRetriesExceededError = MaxRetriesExceededError
     OperationalError = OperationalError
 
     app: Any = current_app
     name: str = None  # type: ignore[assignment]
-    #: Whether calls are checked against the function's signature.
-    typing = True
-    #: How often `retry` may run it again; None is without end.
-    max_retries: int | None = 3
-    #: Seconds until a retry that names no time.
-    default_retry_delay: float = 180
+    typing = True  # whether calls are checked against the function's signature
+    max_retries: int | None = 3  # how often `retry` may run it again; None is without end
+    default_retry_delay: float = 180  # seconds until a retry that names no time
     trail = send_events = retry_jitter = True
-    #: Seconds, or a datetime, after which a call that has not begun is REVOKED.
-    expires: Any = None
+    expires: Any = None  # seconds, or a datetime, after which a call that has not begun is REVOKED
     resultrepr_maxsize = 1024
     queue = exchange = routing_key = None
     #: Exceptions: those that are expected, logged at INFO without a traceback; that are retried.
@@ -4314,7 +4266,6 @@ class Task:
         return self.acks_on_failure_or_timeout if value is None else value
 
     # -- running it here -------------------------------------------------------------------------
-
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The task's body; a class must define it."""
         raise NotImplementedError("Tasks must define the run method.")
@@ -4338,13 +4289,20 @@ class Task:
         requests = (request for task, request in reversed(_thread.stack) if task is self)
         return next(requests, None) or Context()
 
+    def push_request(self, *fields: Any, **more: Any) -> None:
+        """Have `request` hold these fields until `pop_request`, as in a test of the task's body."""
+        _thread.stack.append((self, Context(*fields, **more)))
+
+    def pop_request(self) -> None:
+        """Undo `push_request`."""
+        _thread.stack.pop()
+
     def _handler(self, *args: Any) -> None:
         """Called at one of the moments in a task's life that the class names; does nothing."""
 
     before_start = on_success = on_failure = on_retry = after_return = _handler
 
     # -- calling it ----------------------------------------------------------------------------
-
     def delay(self, *args: Any, **kwargs: Any) -> AsyncResult:
         """Send the task with these arguments: `add.delay(2, 2)`."""
         return self.apply_async(args, kwargs)
@@ -4352,15 +4310,13 @@ class Task:
     def apply_async(self, args: Any = None, kwargs: Any = None, **options: Any) -> AsyncResult:
         """Send the task; return its AsyncResult. Raises TypeError for wrong arguments, EncodeError
         for such as cannot be serialized, OperationalError where the store cannot be written.
-
         countdown: seconds to wait; eta: the datetime to wait for (a naive one is UTC).
         expires: seconds or datetime after which it is not begun any more, but REVOKED.
         queue, exchange, routing_key: where to; priority: 0 (highest) to 9.
         headers: own headers; shadow: a name for the log; time_limit, soft_time_limit: seconds.
         retry, retry_policy: whether and how to try again when the store cannot be written.
         link, link_error: signatures to call when it has succeeded, or failed.
-        serializer: 'json' or 'pickle'; ignore_result: keep no result.
-        """
+        serializer: 'json' or 'pickle'; ignore_result: keep no result."""
         app = self.app
         if self.typing and app.strict_typing:
             self.__header__(*(args or ()), **(kwargs or {}))
@@ -4390,7 +4346,7 @@ class Task:
         app, options = self.app, {**self._call_defaults(), **options}
         get, throw = options.get, options.get("throw")
         throw = app.conf.task_eager_propagates if throw is None else throw
-        args, kwargs = list(args or ()), dict(kwargs or {})
+        args, kwargs = args or (), dict(kwargs or {})
         fields = app._headers(self.name, args, kwargs, options, None)
         fields.update(callbacks=_links(get("link")), errbacks=_links(get("link_error")))
         fields.update(args=args, kwargs=kwargs, headers=get("headers"), hostname=_hostname())
@@ -4398,7 +4354,7 @@ class Task:
         info = {name: get(name) for name in ("exchange", "routing_key", "priority")}
         request = Context(fields, delivery_info={**info, "is_eager": True})
         run = run_task(self, request, bool(throw))
-        if run.state == RETRY and run.value.sig is not None:
+        if isinstance(run.value, Retry) and run.value.sig is not None:  # raised or returned
             return run.value.sig.apply(throw=throw)
         if request.follow_ups.results:
             app.backend.put_results(request.follow_ups.results)
@@ -4407,14 +4363,11 @@ class Task:
         return EagerResult(request.id, value, run.state, run.traceback, self.name, app=app)
 
     # -- steering it -----------------------------------------------------------------------------
-
     def retry(self, args: Any = None, kwargs: Any = None, exc: Any = None, **more: Any) -> Retry:
         """Run this call of the task again: `raise self.retry(exc=exc, countdown=10)`. More options:
         `max_retries`, and those of `apply_async`; `countdown` is `default_retry_delay` by default.
-
         Raises Retry (`throw=False` returns it); when the retries are used up or no worker runs the
-        task, `exc` if given. The message is sent in the transaction that ends this run.
-        """
+        task, `exc` if given. The message is sent in the transaction that ends this run."""
         request = self.request
         if request.called_directly:
             raise exc or Retry("Task can be retried", None)
@@ -4433,9 +4386,7 @@ class Task:
             raise exc or self.MaxRetriesExceededError(text, task_args=args, task_kwargs=kwargs)
         again = Retry(None, exc, when if eta is None else eta)
         again.sig = sig
-        if request.is_eager and not throw:
-            return sig.apply().get(disable_sync_subtasks=False)
-        if not request.is_eager:
+        if not request.is_eager:  # else `apply` does it
             with self.app._batch(request.follow_ups):
                 sig.apply_async(add_to_parent=False)
         if throw:
@@ -4466,7 +4417,6 @@ class Task:
     subtask_from_request = signature_from_request
 
     # -- canvas ----------------------------------------------------------------------------------
-
     def signature(self, *args: Any, **options: Any) -> Signature:
         """Return a signature: `add.signature((2, 2), countdown=10)`; arguments as Signature's."""
         return Signature(self, *args, **{"app": self.app, **options})
@@ -4514,7 +4464,7 @@ class Task:
         sig.set(**nesting, root_id=request.root_id)
         for step in reversed(request.chain or ()):
             sig |= maybe_signature(step, self.app, True).set(**nesting)
-        _place(sig, **request.place)
+        _place(sig, request.group, request.group_index, request.chord)
         return self.on_replace(sig)
 
     def on_replace(self, sig: Any) -> Any:
@@ -4535,7 +4485,7 @@ class Task:
             raise ValueError("Current task is not member of any chord")
         sig = _single(sig)
         sig.freeze(root_id=request.root_id)
-        _place(sig, **request.place)
+        _place(sig, request.group, request.group_index, request.chord)
         with self.app._batch() as batch:
             batch.chords.append((request.group, 1, None))
             return sig if lazy else sig.delay()
@@ -4581,22 +4531,19 @@ def _running() -> tuple[Any, Any]:
 
 
 #: Options that both a call and a task may have: the call's come first, then the task's attributes.
-_SHARED_OPTIONS = (
-    "queue exchange routing_key priority expires serializer ignore_result time_limit "
-    "soft_time_limit"
-).split()
+_SHARED_OPTIONS = """queue exchange routing_key priority expires serializer ignore_result
+    time_limit soft_time_limit""".split()
 #: Options of a call that it keeps when it is sent again, by the names of its request.
-_CARRIED_OPTIONS = (
-    "root_id parent_id shadow expires headers reply_to origin ignore_result stamped_headers stamps "
-    "replaced_task_nesting group_index"
-).split()
+_CARRIED_OPTIONS = """root_id parent_id shadow expires headers reply_to origin ignore_result
+    stamped_headers stamps replaced_task_nesting group_index""".split()
 #: What `apply_async` takes besides args and kwargs.
 _CALL_OPTIONS = {*_SHARED_OPTIONS, *_CARRIED_OPTIONS, *_EMBEDDED.values()}.union(
     "task_id countdown eta retry retry_policy retries argsrepr kwargsrepr add_to_parent group_id "
-    "throw".split()
+    "throw exchange_type delivery_mode".split()  # the last two are there for Celery's routes
 )
-#: Options of Celery's tasks that taskq does not have.
-_FOREIGN_OPTIONS = {"compression", "pydantic", "retry_on_worker_lost"}
+#: Options, and what classes may define, of Celery's tasks that taskq does not have.
+_FOREIGN_OPTIONS = """compression pydantic retry_on_worker_lost Request Strategy on_bound
+    shadow_name""".split()
 
 
 def _check_call_options(options: dict[str, Any]) -> None:
@@ -4608,9 +4555,10 @@ def _check_call_options(options: dict[str, Any]) -> None:
 
 def _check_task_options(options: dict[str, Any], base: Any) -> None:
     _rate(options.get("rate_limit"))  # ValueError
-    for name in options.keys() - _FROM_SETTINGS.keys():
-        if name in _FOREIGN_OPTIONS and options[name]:
+    for name in _FOREIGN_OPTIONS:
+        if options.get(name) or getattr(base, name, None):
             raise TypeError(f"taskq has no task option {name!r}; leave it out")
+    for name in options.keys() - _FROM_SETTINGS.keys():
         hint = "" if hasattr(base, name) else _hint(name, [*_FROM_SETTINGS, *dir(base)], 0.8)
         if hint:
             raise TypeError(f"unknown task option {name!r}{hint}")
@@ -4678,25 +4626,15 @@ class TaskQ:
 
     Without a broker messages and results are in taskq.db beside the package or script that makes
     the app. `backend` may name another sqlite:// file, or disabled:// for no results; 'rpc://' and
-    None keep them with the messages. Other keyword arguments are settings.
-    """
+    None keep them with the messages. Other keyword arguments are settings."""
 
-    #: The base of the tasks, or 'module:Class'; a subclass may name another.
-    task_cls: Any = Task
+    task_cls: Any = Task  # the base of the tasks, or 'module:Class'; a subclass may name another
 
     def __init__(
-        self,
-        main: str | None = None,
-        *,
-        broker: Any = None,
-        backend: Any = None,
-        task_cls: Any = None,
-        set_as_current: bool = True,
-        strict_typing: bool = True,
-        config_source: Any = None,
-        namespace: str | None = None,
-        **settings: Any,
-    ) -> None:
+        self, main: str | None = None, *, broker: Any = None, backend: Any = None,
+        task_cls: Any = None, set_as_current: bool = True, strict_typing: bool = True,
+        config_source: Any = None, namespace: str | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
         self.main = main
         #: Whether calls are checked against the signatures of tasks, unless their `typing` is off.
         self.strict_typing = strict_typing
@@ -4704,6 +4642,8 @@ class TaskQ:
         self.home: str | None = _origin(sys._getframe(1).f_globals)[0]
         #: Counts the tasks: a background worker's children are forked anew for new ones.
         self.generation = 0
+        #: The name of the worker in this process.
+        self.node: str | None = None
         self.finalized = self._finalizing = False
         self._lock = threading.RLock()
         self._discover: list[tuple[Any, Any]] = []
@@ -4711,6 +4651,11 @@ class TaskQ:
         self._tasks.app = self
         self.on_after_configure = Signal("on_after_configure", "source")
         self.on_after_finalize = Signal("on_after_finalize")
+        self.clock = LamportClock()  # remote control and events carry it along
+        self.control = Control(self)  # `app.control.inspect().active()`
+        receiver = functools.partial(EventReceiver, app=self)
+        #: What receives events, `app.events.Receiver(...)`, and keeps them, `app.events.State()`.
+        self.events = types.SimpleNamespace(Receiver=receiver, State=State)
         self._conf = Settings()
         self._source: Any = None  # what is still to be read into it
         for name in settings.keys() - SETTINGS.keys():
@@ -4722,17 +4667,23 @@ class TaskQ:
         self._conf.update(given, **settings)
         if config_source is not None:
             self.config_from_object(config_source, namespace=namespace)
-        base = task_cls or self.task_cls
-        self.Task = _symbol(base) if isinstance(base, str) else base
+        self.task_cls = task_cls or self.task_cls
         _apps.add(self)
         if set_as_current:
             self.set_current()
+
+    @functools.cached_property
+    def Task(self) -> Any:  # noqa: N802
+        """The base class of its tasks; may be set."""
+        return _symbol(self.task_cls) if isinstance(self.task_cls, str) else self.task_cls
 
     def set_current(self) -> None:
         """Make this the app that `current_app` and `shared_task` mean."""
         _current[:] = [self]
 
     set_default = set_current
+    current_task = property(lambda app: current_task._get_current_object(), doc="What runs here.")
+    current_worker_task = property(lambda app: _running()[0], doc="The same, unless called as f().")
 
     @property
     def conf(self) -> Settings:
@@ -4760,8 +4711,7 @@ class TaskQ:
             self.conf  # noqa: B018 - reading it loads the source
 
     def config_from_envvar(self, variable_name: str, silent: bool = False, **more: Any) -> bool:
-        """Take settings from the module that an environment variable names; return whether it is
-        set: ImproperlyConfigured if not, unless `silent`. More as above."""
+        """Take settings from the module that a variable of the environment names, if it is set."""
         module = os.environ.get(variable_name)
         if module:
             self.config_from_object(module, silent, **more)
@@ -4770,7 +4720,6 @@ class TaskQ:
         return bool(module)
 
     # -- stores and routes -----------------------------------------------------------------------
-
     @_derived
     def store(self) -> Store:
         """Where the app's messages are."""
@@ -4779,8 +4728,9 @@ class TaskQ:
             why = "no app has been made yet: import its module first"
             raise ImproperlyConfigured(f"{why} (in proj/__init__.py: from .celery import app)")
         url = url or "sqlite:///" + os.path.join(self.home or "", "taskq.db")
+        url = url if isinstance(url, str) else ";".join(url)
         options = {**self.conf.broker_transport_options, **(self.conf.broker_use_ssl or {})}
-        return self._opened(url if isinstance(url, str) else url[0], options)
+        return self._opened(url, options)
 
     @_derived
     def keeps_results(self) -> bool:
@@ -4819,7 +4769,6 @@ class TaskQ:
         return datetime.now(self.timezone)
 
     # -- tasks -----------------------------------------------------------------------------------
-
     @property
     def tasks(self) -> TaskRegistry:
         """The tasks by name; shared tasks are added when it is first asked for."""
@@ -4902,7 +4851,7 @@ class TaskQ:
         return f"{module}.{name}"
 
     def autodiscover_tasks(
-        self, packages: Any = None, related_name: str | None = "tasks", force: bool = False
+        self, packages: Any, related_name: str | None = "tasks", force: bool = False
     ) -> None:
         """Have workers import the module `related_name` of each package (a list, or a function that
         returns it) that has one; with `force` it is imported now."""
@@ -4925,12 +4874,10 @@ class TaskQ:
         self.finalize()
 
     # -- sending ---------------------------------------------------------------------------------
-
     def send_task(
         self, name: str, args: Any = None, kwargs: Any = None, task_type: Any = None, **options: Any
     ) -> AsyncResult:
-        """Send a task by name, whether or not it is registered here; options as `apply_async`'s.
-        task_type: the task itself."""
+        """Send a task by name, registered here or not; options as `apply_async`'s."""
         if task_type is None and self.conf.task_always_eager:
             warnings.warn(AlwaysEagerIgnored("send_task ignores task_always_eager"), stacklevel=2)
         task = task_type or dict.get(self._tasks, name)
@@ -4967,12 +4914,12 @@ class TaskQ:
             raise TypeError(f"task args must be a list or tuple: {_repr(args, 60)}")
         if not isinstance(kwargs, (dict, collections.abc.Mapping)):
             raise TypeError(f"task keyword arguments must be a mapping: {_repr(kwargs, 60)}")
-        _check_call_options(options)
         if task is not None:
             options = {**task._call_defaults(), **options}
         router = self.router
         if router.routes:
             options = router.options(name, args, kwargs, options, task)
+        _check_call_options(options)
         queues, exchange, routing_key = router.resolve(options)
         get = options.get
         due = next((_moment(name, get(name)) for name in ("eta", "countdown") if get(name)), None)
@@ -4993,7 +4940,8 @@ class TaskQ:
         payload = (args, kwargs, embed)
         if before_task_publish.receivers:
             named = {"headers": headers, "properties": properties, "body": payload, **info}
-            named.update(declare=list(map(router.queue, queues)), retry_policy=get("retry_policy"))
+            policy = {**self.conf.task_publish_retry_policy, **(get("retry_policy") or {})}
+            named.update(declare=list(map(router.queue, queues)), retry_policy=policy)
             before_task_publish.send(name, **named)
         serializer = get("serializer") or self.conf.task_serializer
         message, text = _encode_call(headers, properties, payload, serializer)
@@ -5003,7 +4951,11 @@ class TaskQ:
     def _headers(self, name: str, args: Any, kwargs: Any, options: Any, due: Any) -> Any:
         """Return the headers of a call's message, as Celery's protocol 2 has them."""
         get = options.get
-        id, expires, (_, parent) = get("task_id") or uuid(), get("expires"), _running()
+        id, expires, (_, parent) = str(get("task_id") or uuid()), get("expires"), _running()
+        limits = [get("time_limit"), get("soft_time_limit")]
+        if not all(map(_is_limit, limits)):
+            text = f"time_limit and soft_time_limit are {limits}: expected seconds or None"
+            raise ValueError(text)
         if parent is not None and parent.id == id:  # sent once more by itself
             parent = None
         return {
@@ -5016,7 +4968,7 @@ class TaskQ:
             "group": get("group_id"),
             "group_index": get("group_index"),
             "retries": get("retries") or 0,
-            "timelimit": [get("time_limit"), get("soft_time_limit")],
+            "timelimit": limits,
             "root_id": get("root_id") or (parent and (parent.root_id or parent.id)) or id,
             "parent_id": get("parent_id") or (parent and parent.id),
             "argsrepr": get("argsrepr") or _repr(args),
@@ -5032,8 +4984,7 @@ class TaskQ:
     def _publish(
         self, calls: Any, retry: Any = None, policy: Any = None, chords: Any = (), run: Any = None
     ) -> bool:
-        """Send calls, all or none, trying again as `task_publish_retry` and its policy say; return
-        what `Store.publish` does, of a periodic `run`."""
+        """Send calls, all or none, with the policy's retries; return what `Store.publish` does."""
         deliveries = [delivery for call in calls for delivery in call.deliveries]
         for attempt in itertools.count():
             try:
@@ -5055,10 +5006,7 @@ class TaskQ:
                 time.sleep(min(step, policy["interval_max"]))
         if self.conf.task_send_sent_event:
             EventDispatcher(self).publish(sent_events(calls))
-        for message, payload, _ in calls if after_task_publish.receivers else ():
-            info = message.properties["delivery_info"]
-            headers = message.headers
-            after_task_publish.send(sender=headers["task"], body=payload, headers=headers, **info)
+        tell_published(calls)
         return True
 
     def _unlock_delivery(self, gid: str, body: Any, parts: Iterable[str] = ()) -> Delivery:
@@ -5087,10 +5035,6 @@ class TaskQ:
         make.restore = functools.partial(GroupResult.restore, app=self)
         return make
 
-    def Worker(self, **options: Any) -> Worker:  # noqa: N802
-        """Return a worker of this app, not started; options as the command line's."""
-        return Worker(self, **options)
-
     def worker(self, **options: Any) -> BackgroundWorker:
         """Return a worker for the background of this process: `with app.worker(concurrency=2):`."""
         return BackgroundWorker(self, options)
@@ -5099,9 +5043,8 @@ class TaskQ:
         """Run the command `worker` with these arguments, by default the program's, as `start`."""
         argv = list(sys.argv if argv is None else argv)
         if "worker" not in argv:
-            raise ValueError(
-                f"worker_main: the word 'worker' is missing in {argv}; or use app.start"
-            )
+            why = f"the word 'worker' is missing in {argv}; or use app.start"
+            raise ValueError(f"worker_main: {why}")
         has_program = argv[0] != "worker" and not argv[0].startswith("-")
         return self.start(argv[has_program:])
 
@@ -5110,39 +5053,27 @@ class TaskQ:
         return main(argv, app=self)
 
     # -- watching and steering -------------------------------------------------------------------
-
     def add_periodic_task(
-        self, schedule: Any, sig: Any, args: Any = (), kwargs: Any = None, **options: Any
+        self,
+        schedule: Any,
+        sig: Any,
+        args: Any = (),
+        kwargs: Any = None,
+        name: Any = None,
+        **options: Any,
     ) -> str:
         """Have beat send a signature (or a task, with these arguments) by a schedule, which is
         seconds, a timedelta or a crontab: `app.add_periodic_task(30.0, add.s(2, 2), expires=10)`.
-
-        Returns the entry's `name` in `beat_schedule`, by default the call as text.
-        """
-        name = options.pop("name", None)
+        Returns the entry's `name` in `beat_schedule`, by default the call as text."""
         sig = sig if isinstance(sig, Signature) else self.signature(sig)
         sig = sig.clone(args, kwargs, **options)
         entry = {field: sig[field] for field in _ENTRY if sig.get(field) is not None}
         entry["schedule"], key = schedule, name or repr(sig)
         _entry(self, key, entry)  # what is wrong is said here
+        if not name and key in self.conf.beat_schedule:
+            logger.warning("The periodic task %r replaces another: give each a name", key)
         self.conf["beat_schedule"] = {**self.conf.beat_schedule, key: entry}
         return key
-
-    @functools.cached_property
-    def clock(self) -> Any:
-        """The app's LamportClock, which remote control and events carry along."""
-        return LamportClock()
-
-    @functools.cached_property
-    def control(self) -> Any:
-        """Remote control of the app's workers: `app.control.inspect().active()`."""
-        return Control(self)
-
-    @functools.cached_property
-    def events(self) -> Any:
-        """What receives events and keeps them: `app.events.Receiver(...)`, `app.events.State()`."""
-        receiver = functools.partial(EventReceiver, app=self)
-        return types.SimpleNamespace(Receiver=receiver, State=State)
 
     def connection(self, *_: Any, **__: Any) -> Any:
         """Return what Celery's monitors ask for: `with app.connection() as connection:`."""
@@ -5162,6 +5093,10 @@ class TaskQ:
 
     __exit__ = close
 
+    def __reduce__(self) -> Any:  # an app of the same settings; its tasks are found by name
+        make = functools.partial(type(self), self.main, config_source=dict(self.conf.changed))
+        return make, (), {"home": self.home}
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.main or '__main__'} at {id(self):#x}>"
 
@@ -5172,8 +5107,7 @@ Celery = TaskQ
 class _Disabled(Store):
     """The place of results where there is none."""
 
-    def uri(self) -> str:
-        return "disabled://"
+    uri = "disabled://"
 
     def put_results(self, results: Any, parts: Any = ()) -> list[Delivery]:
         return []
@@ -5194,7 +5128,7 @@ def shared_task(*args: Any, **options: Any) -> Any:
         _shared[-1](app)
 
     def find() -> Any:
-        app = current_app._get_current_object()
+        app = app_or_default()
         return app.tasks[options.get("name") or app.gen_task_name(fun.__name__, fun.__module__)]
 
     return Proxy(find)
@@ -5204,12 +5138,8 @@ def _arguments_check(run: Any) -> Any:
     """Return a function with the signature of `run` that does nothing: a wrong call raises."""
     import inspect
 
-    try:
-        signature = inspect.signature(run)
-    except (TypeError, ValueError):  # a builtin without one
-        return lambda *args, **kwargs: None
     blank = []
-    for parameter in signature.parameters.values():
+    for parameter in inspect.signature(run).parameters.values():
         default = parameter.default if parameter.default is parameter.empty else None
         blank.append(parameter.replace(default=default, annotation=parameter.empty))
     name = run.__name__ if getattr(run, "__name__", "").isidentifier() else "run"
@@ -5227,7 +5157,7 @@ def _add_autoretry(task: Any) -> None:
     def run_or_retry(*args: Any, **kwargs: Any) -> Any:
         try:
             return run(*args, **kwargs)
-        except (Ignore, Retry, Reject, *task.dont_autoretry_for):
+        except (Ignore, Retry, Reject, *_listed(task.dont_autoretry_for)):
             raise
         except errors as exc:
             options = dict(task.retry_kwargs)
@@ -5245,8 +5175,7 @@ def _add_autoretry(task: Any) -> None:
 
 
 def _moment(name: str, value: Any) -> datetime:
-    """Return the time in UTC that an option means, which may be seconds from now unless it is
-    `eta`; ValueError if it is none."""
+    """Return an option's time in UTC, perhaps seconds from now (not `eta`); ValueError if none."""
     with contextlib.suppress(OverflowError, ValueError):
         if isinstance(value, (datetime, str)):
             return datetime.fromtimestamp(_timestamp(value), timezone.utc)
@@ -5263,6 +5192,8 @@ def _encode_call(headers: Any, properties: Any, payload: Any, serializer: str) -
     name = headers["task"]
     try:
         content_type, encoding, body = serialize(payload, serializer)
+        if encoding == "binary":  # so Celery learns that it has to decode the text first
+            properties["body_encoding"] = "base64"
         message = Message(headers, properties, body, content_type, encoding)
         return message, message.encode()
     except (TypeError, ValueError) as exc:
@@ -5284,16 +5215,11 @@ def _hostname() -> str:
     return _symbol("socket:gethostname")()
 
 
-# ---------------------------------------------------------------------------------------------
-# 10. Execution
-# ---------------------------------------------------------------------------------------------
+# ==== 10. Execution ==============================================================================
 
 
 class ExceptionInfo:
-    """An exception as handlers and signals get it: `str(einfo)` is the traceback.
-
-    The frames of this file that called the task are left out.
-    """
+    """An exception as handlers and signals get it: `str(einfo)` is the task's own traceback."""
 
     def __init__(self, exc: BaseException) -> None:
         import traceback
@@ -5313,16 +5239,14 @@ Run = collections.namedtuple("Run", "state value traceback")
 
 
 def run_task(task: Any, request: Context, propagate: bool = False) -> Run:
-    """Run a task as its request says, with its handlers, signals and log lines.
-
-    Its result, and what follows it, are then in `request.follow_ups`. With `propagate` its error
-    is raised. Knows no broker: the same in a child process, a thread, and eager mode.
-    """
+    """Run a task as its request says, with its handlers, signals and log lines. Its result, and
+    what follows it, are then in `request.follow_ups`. With `propagate` its error is raised. Knows
+    no broker: the same in a child process, a thread, and eager mode."""
     id, args, kwargs = request.id or "", request.args, request.kwargs
     cls, stack = type(task), _thread.stack
     stack.append((task, request))
     started = time.monotonic()
-    run = Run(SUCCESS, None, None)
+    run = Run(None, None, None)  # `propagate` raises the task's error
     try:
         if task_prerun.receivers:
             task_prerun.send(sender=task, task_id=id, task=task, args=args, kwargs=kwargs)
@@ -5365,18 +5289,14 @@ def _keeps_result(task: Any, request: Context, state: str) -> bool:
     return bool(request.chord or not (task.ignore_result if ignored is None else ignored))
 
 
-def _keep_result(
-    task: Any, request: Context, state: str, value: Any, traceback: Any = None
-) -> None:
-    """Note a result, if this call keeps one, to be settled with the task's end."""
+def _keep_result(task: Any, request: Context, state: str, *result: Any) -> None:
+    """Note a result (a value, a traceback), if this call keeps one, to be settled with its end."""
     if _keeps_result(task, request, state):
-        row = result_row(task.app, request, state, value, traceback)
-        request.follow_ups.results.append(row)
+        request.follow_ups.results.append(result_row(task.app, request, state, *result))
 
 
 def _succeeded(task: Any, request: Context, value: Any, started: float) -> Run:
-    """Send what follows and note the return value (EncodeError if it cannot be stored), then tell
-    handlers and log."""
+    """Send what follows, note the return value (or EncodeError); tell handlers, and log."""
     if request.callbacks or request.chain or request.chord:
         _call_next(task.app, request, value)
     _keep_result(task, request, SUCCESS, value)
@@ -5413,7 +5333,7 @@ def _failed(task: Any, request: Context, exc: Any) -> Run:
         _note_event(request, "rejected", requeue=exc.requeue)
     else:
         state, level, message = FAILURE, logging.ERROR, "raised unexpected: %(exc)s"
-        if task.throws and isinstance(exc, task.throws):
+        if task.throws and isinstance(exc, tuple(_listed(task.throws))):
             level, message = logging.INFO, "raised expected: %(exc)s"
         _fail_for_good(task, request, einfo)
     exc_info = einfo.exc_info if level >= logging.WARNING else None
@@ -5435,12 +5355,10 @@ def _note_event(request: Context, what: str, **fields: Any) -> None:
         request._events.append((f"task-{what}", fields))
 
 
-def _log(
-    task: Any, request: Context, level: int, text: str, data: Any, exc_info: Any = None
-) -> None:
+def _log(task: Any, request: Context, level: int, text: str, data: Any, exc: Any = None) -> None:
     if trace_logger.isEnabledFor(level):
         data = {"id": request.id, "name": request.shadow or task.name, **data}
-        trace_logger.log(level, f"Task %(name)s[%(id)s] {text}", data, exc_info=exc_info)
+        trace_logger.log(level, f"Task %(name)s[%(id)s] {text}", data, exc_info=exc)
 
 
 def _fail_for_good(task: Any, request: Context, einfo: ExceptionInfo) -> None:
@@ -5460,15 +5378,12 @@ def _tell(task: Any, request: Context, handler: str, *first: Any, **einfo: Any) 
     try:
         getattr(task, handler)(*first, request.id, request.args, request.kwargs, *einfo.values())
     except Exception as exc:
-        if request.is_eager:
-            raise
         message = "Task %s[%s] %s handler raised: %r"
         trace_logger.exception(message, task.name, request.id, handler, exc)
 
 
 def _call_next(app: TaskQ, request: Context, value: Any) -> None:
-    """Send the callbacks of a task that has succeeded, and the next step of its chain, with its
-    end; a part of a chord has ended."""
+    """Send the callbacks and the chain's next step of a task that has succeeded, with its end."""
     if request.is_eager:
         for callback in request.callbacks:
             maybe_signature(callback, app).apply((value,))
@@ -5485,12 +5400,12 @@ def _call_next(app: TaskQ, request: Context, value: Any) -> None:
 
 def _end_part(app: TaskQ, request: Context) -> None:
     """Note, for its store, that a task has ended which may be a part of a chord."""
-    if request.chord:
+    group, index = request.group, request.group_index
+    if request.chord and isinstance(group, str) and (index is None or _is_count(index)):
         delivery = None
         if app.backend.foreign and isinstance(request.chord, dict):
-            delivery = app._unlock_delivery(request.group, maybe_signature(request.chord, app))
-        part = (request.group, request.group_index, request.id, delivery)
-        request.follow_ups.parts.append(part)
+            delivery = app._unlock_delivery(group, maybe_signature(request.chord, app))
+        request.follow_ups.parts.append((group, index, request.id, delivery))
 
 
 def _break_off(app: TaskQ, request: Context, state: str, exc: Any, traceback: Any = None) -> None:
@@ -5509,8 +5424,9 @@ def _break_off(app: TaskQ, request: Context, state: str, exc: Any, traceback: An
 
 def _uncalled(request: Context, sig: Any) -> Context:
     """Return the request of a task that will not be called: it ends with that of another one."""
-    get, about = sig.options.get, {"id": sig.id, "task": sig.task, "is_eager": request.is_eager}
+    get, about = sig.options.get, {"id": sig.id, "args": sig.args, "kwargs": sig.kwargs}
     about.update((name, get(name)) for name in ("chord", "chain", "group_index", "root_id"))
+    about.update(task=sig.task, is_eager=request.is_eager)
     found = Context(about, group=get("group_id"), errbacks=_listed(get("link_error")))
     found.follow_ups = request.follow_ups
     return found
@@ -5521,8 +5437,9 @@ def _end(app: TaskQ, request: Context, steps: Any, state: str, exc: Any, traceba
     for step in reversed(steps or ()):
         for task in maybe_signature(step, app)._tasks():
             about = _uncalled(request, task)
-            about.follow_ups.results.append(result_row(app, about, state, exc, traceback))
-            _end_part(app, about)
+            if isinstance(task.id, str):  # else nobody can ask for it
+                about.follow_ups.results.append(result_row(app, about, state, exc, traceback))
+                _end_part(app, about)
             _end(app, about, about.chain, state, exc, traceback)
 
 
@@ -5552,8 +5469,7 @@ def _call_errbacks(app: TaskQ, request: Context, exc: Any, traceback: Any) -> No
 
 
 def _takes_error(task: Any, sig: Any) -> bool:
-    """Return whether a task, made of a function that is not bound, takes more than one argument
-    beside those of its signature."""
+    """Return whether a task takes more than one argument beside those of its signature."""
     if task is None or not isinstance(vars(type(task)).get("run"), staticmethod):
         return False
     code = task.__header__.__code__
@@ -5562,23 +5478,14 @@ def _takes_error(task: Any, sig: Any) -> bool:
     return left > 1 or bool(code.co_flags & 0x04)  # *args
 
 
-#: The name of a message that is to be read only to give what waits for its task its end.
-_LOST = "taskq.lost"
-
-
 def execute(app: TaskQ, raw: bytes, hostname: str, begin: Any, events: bool = False) -> Outcome:
     """Turn one message into its Outcome; `begin(task, request)` is called before the task runs.
-
     With `events` the Outcome has those of the task, unless its `send_events` is off. A message that
-    no task can be made of is rejected; whatever else goes wrong is a failure.
-    """
+    no task can be made of is rejected; whatever else goes wrong is a failure."""
     began = time.monotonic()
-    message = request = task = ended = None
+    message = None
     try:
         message = Message.decode(raw)
-        if message.headers["task"] == _LOST:
-            message.headers["task"], error = message.headers.pop("lost")
-            ended = decode_exception(error)
         args, kwargs, embed = message.payload(app.conf.accept_content)
         request = request_of(message, args, kwargs, embed, hostname)
         task = app.tasks.get(request.task)
@@ -5588,10 +5495,6 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Any, events: bool = Fa
             return _unregistered(app, message, request)
         if message.expires is not None and message.expires <= time.time():
             return _revoked(task, request, "expired", expired=True)
-        if ended is not None:
-            if isinstance(ended, TaskRevokedError):
-                return _revoked(task, request, str(ended))
-            return _failure(task, request, ended)
         begin(task, request)
         _note_event(request, "started")
         state, value, _ = run_task(task, request)
@@ -5606,13 +5509,12 @@ def execute(app: TaskQ, raw: bytes, hostname: str, begin: Any, events: bool = Fa
     except SoftTimeLimitExceeded:
         raise  # too late for the task; whoever set the limit takes it
     except Exception as exc:
-        if task is not None and request is not None:
-            return _failure(task, request, exc)
         return _rejected(app, raw, message, exc)
 
 
 def _settled(request: Context, verb: str, reason: Any, runtime: float = 0.0) -> Outcome:
     batch, events = request.follow_ups, request._events or []
+    tell_published(batch.calls)
     if batch.calls and batch.app.conf.task_send_sent_event:
         events += sent_events(batch.calls)
     publish = [delivery for call in batch.calls for delivery in call.deliveries]
@@ -5637,9 +5539,12 @@ def _rejected(app: TaskQ, raw: bytes, message: Message | None, exc: Exception) -
     text = "Received and rejected a malformed message: %s\nIt is kept with the rejected ones: %s"
     worker_logger.error(text, reason, _repr(raw, 200))
     task_rejected.send(sender=None, message=raw, exc=exc)
-    request = Context()
     if message is not None:
-        request = _request_without_run(message, (), {}, {})
+        request = _request_without_run(app, message, (), {}, {})
+    else:
+        name, id = Claim(None, 0, "", 0, raw).head
+        request = Context(task=name, id=id)
+    if request.id:
         _fail(_unknown(app), request, FAILURE, InvalidTaskError(reason))
     return _settled(request, "reject", reason)
 
@@ -5651,9 +5556,9 @@ def _unknown(app: TaskQ) -> Task:
     return task
 
 
-def _request_without_run(message: Message, args: Any, kwargs: Any, embed: Any) -> Context:
+def _request_without_run(app: TaskQ, message: Message, args: Any, kw: Any, embed: Any) -> Context:
     """Return the request of a task that does not run, for its message may not have been read."""
-    request = request_of(message, args, kwargs, embed, _hostname())
+    request = request_of(message, args, kw, embed, app.node or _hostname())
     if not embed:  # it may have been a part of a chord: only the store can tell
         request.update(chord=request.group)
     return request
@@ -5667,11 +5572,9 @@ def _failure(task: Any, request: Context, exc: BaseException) -> Outcome:
 
 def _unregistered(app: TaskQ, message: Message, request: Context) -> Outcome:
     name, known = request.task, ", ".join(sorted(app.tasks)) or "no tasks"
-    worker_logger.error(
-        "Received unregistered task of type %r.\nThe message has been ignored and discarded.\n"
-        "Did you remember to import the module containing this task?\nThis worker knows: %s",
-        *(name, known),
-    )
+    text = "Received unregistered task of type %r.\nThe message has been ignored and discarded.\n"
+    text += "Did you remember to import the module containing this task?\nThis worker knows: %s"
+    worker_logger.error(text, name, known)
     exc = NotRegistered(name)
     task_unknown.send(sender=None, message=message, exc=exc, name=name, id=message.id)
     return _failure(_unknown(app), request, exc)
@@ -5691,13 +5594,11 @@ def _revoked(task: Any, request: Context, reason: str, **how: Any) -> Outcome:
 def lost(
     app: TaskQ, claim: Claim, exc: Any, flags: int = 0, worker_died: bool = False, **how: Any
 ) -> Outcome:
-    """Return the end of a task that does not run to its end; `flags` are those of its slot.
-
-    One that acknowledges late is put back where the whole worker died, as a broker would deliver it
+    """Return the end of a task that does not run to its end; `flags` are those of its slot. One
+    that acknowledges late is put back where the whole worker died, as a broker would deliver it
     again; where only its process did, if it has `reject_on_worker_lost`; after a time limit, unless
     that acknowledges it. One whose message was still being read gets a second chance, but no third.
-    Else it is a FAILURE, or REVOKED if `exc` is a TaskRevokedError (`how`: terminated, signum).
-    """
+    Else it is a FAILURE, or REVOKED if `exc` is a TaskRevokedError (`how`: terminated, signum)."""
     message, args, kwargs, embed = None, (), {}, {}  # type: Any, Any, Any, Any
     try:
         message = claim.message
@@ -5709,16 +5610,12 @@ def lost(
             again = not (message.properties.get("delivery_info") or {}).get("redelivered")
         if again and not isinstance(exc, TaskRevokedError):
             return Outcome("requeue", [], [], redelivered(claim.raw), 0.0)
-        if message.content_type == CONTENT_TYPES["json"]:
+        if flags != DECODING or message.content_type == CONTENT_TYPES["json"]:
             args, kwargs, embed = message.payload(app.conf.accept_content)
-        elif message.headers["task"] != _LOST and flags != DECODING:
-            # A pickle may kill whoever reads it: a process of the pool shall do that, and end it.
-            message.headers["lost"] = [message.headers["task"], encode_exception(exc)]
-            message.headers["task"] = _LOST  # for a worker of Celery must not run it again
-            return Outcome("requeue", [], [], message.encode(), 0.0)
+        # Else it is a pickle that has perhaps killed who read it.
     except MalformedMessage as bad:
         return _rejected(app, claim.raw, message, bad)
-    request = _request_without_run(message, args, kwargs, embed)
+    request = _request_without_run(app, message, args, kwargs, embed)
     request._events = []
     if isinstance(exc, TaskRevokedError):
         return _revoked(task, request, str(exc), **how)
@@ -5778,9 +5675,7 @@ _late = {"acks_late": True, "reject_on_worker_lost": True, "time_limit": 0, "sof
 _built_in("celery.chord_unlock", _unlock, bind=True, ignore_result=True, **_late)
 
 
-# ---------------------------------------------------------------------------------------------
-# 11. Events
-# ---------------------------------------------------------------------------------------------
+# ==== 11. Events =================================================================================
 #
 # Workers (with -E) and producers tell whoever listens what becomes of workers and tasks. An event
 # is a dict. Nobody waits for one: it is gone if nobody hears it.
@@ -5792,15 +5687,12 @@ class LamportClock:
 
     value = 0
 
-    def forward(self) -> int:
-        """Count something that is sent; return the new value."""
-        self.value += 1
-        return self.value
-
-    def adjust(self, other: Any) -> int:
+    def adjust(self, other: Any = 0) -> int:
         """Count the arrival of what was sent at the value `other`, if it is one; return the new."""
         self.value = max(self.value, other if isinstance(other, int) else 0) + 1
         return self.value
+
+    forward = adjust  # to be called, without a value, when something is sent
 
 
 def call_fields(message: Message) -> dict[str, Any]:
@@ -5856,13 +5748,9 @@ class EventDispatcher:
 
 
 class EventReceiver:
-    """Hands events to `handlers`: a function for each type, and '*' for those that have none.
-
-        app.events.Receiver(handlers={"*": print}).capture()
-
-    channel: what `app.connection()` gives, or None. routing_key: which events, such as 'worker.#'.
-    Setting `should_stop` ends `capture`.
-    """
+    """Hands events to `handlers`, a function for each type, and '*' for those that have none:
+    `app.events.Receiver(handlers={"*": print}).capture()`, which setting `should_stop` ends.
+    channel: what `app.connection()` gives, or None; routing_key: which events, as 'worker.#'."""
 
     should_stop = False
 
@@ -5926,27 +5814,17 @@ class SeenWorker:
 
     freq, heard = 60.0, 0.0  # seconds; when it was heard of last, 0 if it has said that it ends
     pid = clock = active = processed = loadavg = sw_ident = sw_ver = sw_sys = _unset
+    #: When it counts as gone unless it is heard of before, in seconds since the epoch.
+    heartbeat_expires = property(lambda worker: worker.heard + 2 * worker.freq)
+    #: Whether it was heard of lately, and has not said that it ends.
+    alive = property(lambda worker: time.time() < worker.heartbeat_expires)
+    status_string = property(lambda worker: "ONLINE" if worker.alive else "OFFLINE")
 
     def __init__(self, hostname: str) -> None:
         self.hostname = hostname
 
     def __repr__(self) -> str:
         return f"<Worker: {self.hostname} ({self.status_string} clock:{self.clock})"
-
-    @property
-    def heartbeat_expires(self) -> float:
-        """When it counts as gone unless it is heard of before, in seconds since the epoch."""
-        return self.heard + 2 * self.freq
-
-    @property
-    def alive(self) -> bool:
-        """Whether it was heard of lately, and has not said that it ends."""
-        return time.time() < self.heartbeat_expires
-
-    @property
-    def status_string(self) -> str:
-        """'ONLINE' if it is alive, or 'OFFLINE'."""
-        return "ONLINE" if self.alive else "OFFLINE"
 
 
 #: The states that a task's events tell of.
@@ -5964,10 +5842,8 @@ class SeenTask:
     name = args = kwargs = eta = expires = retries = result = exception = traceback = _unset
     runtime = queue = exchange = routing_key = root_id = parent_id = timestamp = clock = _unset
     worker = client = hostname = _unset
-    _INFO = (
-        "args kwargs retries result eta runtime expires exception exchange routing_key root_id "
-        "parent_id"
-    ).split()
+    _INFO = """args kwargs retries result eta runtime expires exception exchange routing_key
+        root_id parent_id""".split()
 
     def __init__(self, uuid: str) -> None:
         self.uuid = uuid
@@ -5994,6 +5870,8 @@ class State:
     """What events tell of workers, by name, and tasks, by id; those heard of last are last."""
 
     event_count = task_count = 0
+    #: A Polaroid looks at a state from its own thread. It is one for all: a state can be pickled.
+    _lock = threading.RLock()
 
     def __init__(self, max_workers_in_memory: int = 5000, max_tasks_in_memory: int = 10000) -> None:
         self._limits = max_workers_in_memory, max_tasks_in_memory
@@ -6005,19 +5883,38 @@ class State:
 
     def event(self, event: dict[str, Any]) -> None:
         """Take in an event."""
-        self.event_count += 1
-        (kind, _, what), host = event["type"].partition("-"), event["hostname"]
-        worker = None
-        if kind == "worker" or kind == "task" and what != "sent":
-            worker = _newest(self.workers, host, SeenWorker, self._limits[0])
-            worker.heard = time.time() if what != "offline" else 0.0
-        if kind == "worker":
-            vars(worker).update(event)
-        elif kind == "task":
-            task = _newest(self.tasks, event["uuid"], SeenTask, self._limits[1])
-            task.event(what, event)
-            task.worker, task.client = worker or task.worker, task.client if worker else host
-            self.task_count += what == "received"
+        with self._lock:
+            self.event_count += 1
+            (kind, _, what), host = event["type"].partition("-"), event["hostname"]
+            worker = None
+            if kind == "worker" or kind == "task" and what != "sent":
+                worker = _newest(self.workers, host, SeenWorker, self._limits[0])
+                worker.heard = time.time() if what != "offline" else 0.0
+            if kind == "worker":
+                vars(worker).update(event)
+            elif kind == "task":
+                task = _newest(self.tasks, event["uuid"], SeenTask, self._limits[1])
+                task.event(what, event)
+                task.worker, task.client = worker or task.worker, task.client if worker else host
+                self.task_count += what == "received"
+
+    def freeze_while(self, fun: Any, *args: Any, clear_after: bool = False) -> Any:
+        """Call a function, while no event is taken in; `clear` then, perhaps."""
+        with self._lock:
+            try:
+                return fun(*args)
+            finally:
+                if clear_after:
+                    self.clear()
+
+    def clear(self, ready: bool = True) -> None:
+        """Forget all but the tasks that have no end yet; those, too, unless `ready`."""
+        with self._lock:
+            self.event_count = self.task_count = 0
+            self.workers.clear()
+            for id, task in list(self.tasks.items()):
+                if task.state in READY_STATES or not ready:
+                    del self.tasks[id]
 
     def alive_workers(self) -> Iterator[SeenWorker]:
         """Return the workers that were heard of lately."""
@@ -6052,9 +5949,7 @@ def _newest(known: Any, key: str, make: Callable[[str], Any], limit: int) -> Any
     return known[key]
 
 
-# ---------------------------------------------------------------------------------------------
-# 12. Schedules
-# ---------------------------------------------------------------------------------------------
+# ==== 12. Schedules ==============================================================================
 
 ParseException: Any = _error("ParseException", "A crontab cannot be read.", ValueError)
 
@@ -6194,15 +6089,9 @@ class crontab(BaseSchedule):  # noqa: N801
     minute = hour = day_of_week = day_of_month = month_of_year = _unset
 
     def __init__(
-        self,
-        minute: Any = "*",
-        hour: Any = "*",
-        day_of_week: Any = "*",
-        day_of_month: Any = "*",
-        month_of_year: Any = "*",
-        nowfun: Any = None,
-        app: Any = None,
-    ) -> None:
+        self, minute: Any = "*", hour: Any = "*", day_of_week: Any = "*", day_of_month: Any = "*",
+        month_of_year: Any = "*", nowfun: Any = None, app: Any = None,
+    ) -> None:  # fmt: skip
         super().__init__(nowfun, app, (minute, hour, day_of_week, day_of_month, month_of_year))
         for (field, numbers), value in zip(_FIELDS.items(), self._given):
             try:
@@ -6260,9 +6149,7 @@ def solar(*args: Any, **kwargs: Any) -> NoReturn:
     raise NotImplementedError(f"solar is not available in taskq {__version__}")
 
 
-# ---------------------------------------------------------------------------------------------
-# 13. Pools
-# ---------------------------------------------------------------------------------------------
+# ==== 13. Pools ==================================================================================
 
 _TOKEN = struct.Struct("<QQQ")  # ticket (0: stop), offset and length of the payload in the spool
 _STOP = bytes(_TOKEN.size)
@@ -6292,6 +6179,7 @@ class Pool:
         self.later: list[Claim] = []
         self.waiting: collections.deque[Claim] = collections.deque()  # those not handed out yet
         self.stopping = False
+        self._more = 0  # messages to hold beyond what the settings say
         self._task_time = 0.0  # moving average, in seconds; 0: none seen yet
 
     #: How many claims it has beside those that wait for a rate limit.
@@ -6327,15 +6215,24 @@ class Pool:
         if self._task_time:
             self.depth = max(1, min(_BATCH_MAX, int(_BATCH_SECONDS / self._task_time)))
 
+    @property
+    def value(self) -> int:
+        """The prefetch count, by Celery's name: how many messages to hold, unless they are tiny."""
+        size, _ = self.worker.autoscaled or (self.size, 0)
+        return size * (self.worker.app.conf.worker_prefetch_multiplier or 10) + self._more
+
+    def increment_eventually(self, n: int = 1) -> None:
+        """Hold `n` messages more, or fewer."""
+        self._more += n
+
     def room(self) -> int:
         """Return how many more messages to claim: Celery's prefetch, more while tasks are tiny."""
-        conf, held = self.worker.app.conf, self.load
+        held = self.load
         if len(self.later) > _LIMITED_MAX:
             return 0
-        if conf.worker_disable_prefetch:
+        if self.worker.app.conf.worker_disable_prefetch:
             return self.size - held
-        size, _ = self.worker.autoscaled or (self.size, 0)
-        wanted = size * max(conf.worker_prefetch_multiplier or 10, 2 * self.depth)
+        wanted = max(self.value, 2 * self.size * self.depth)
         free = wanted - held
         return free if free * 4 >= wanted or self.depth == 1 else 0  # no small claims under load
 
@@ -6420,7 +6317,10 @@ def _run_claim(worker: Any, slot: Slot, claim: Claim) -> None:
             outcome = lost(app, claim, error)
     if os.getpid() != pid:  # the task has forked, and returns in the other process too
         os._exit(0)
-    slot.finish(ticket, _json_encode(outcome).encode(), bell.ring)
+    try:
+        slot.finish(ticket, _json_encode(outcome).encode(), bell.ring)
+    except OSError as exc:  # a large outcome has a file of its own: the disk is full, say
+        slot.finish(ticket, _json_encode(lost(app, claim, exc)).encode(), bell.ring)
     if bell.asleep:
         bell.ring()
 
@@ -6454,6 +6354,10 @@ def _limit_thread(seconds: float) -> Callable[[], None]:
 class SoloPool(Pool):
     """Runs tasks one by one in the worker's own thread."""
 
+    def __init__(self, worker: Worker, size: int) -> None:
+        super().__init__(worker, size)
+        worker_process_init.send(sender=worker.hostname)
+
     def collect(self, finished: list[tuple[Claim, Outcome]]) -> None:
         """Run tasks for some milliseconds, at least one."""
         worker, slot = self.worker, self.worker.journal.slots[0]
@@ -6462,6 +6366,9 @@ class SoloPool(Pool):
             while self.waiting and not worker.stopping and time.monotonic() < until:
                 if not slot.has_room:  # this thread would have to make it, itself
                     break
+                task = worker.app.tasks.get(self.waiting[0].head[0])
+                if worker.store.foreign and not (task and task.acks_late):
+                    worker.store.begun([self.waiting[0]])  # while it runs nobody can say so
                 _run_claim(worker, slot, self.waiting.popleft())
         super().collect(finished)
 
@@ -6487,16 +6394,14 @@ class ThreadPool(Pool):
             self._threads.append(thread)
 
     def _work(self, slot: Slot) -> None:
-        with allow_join_result(False):
+        # A signal may end the worker in a greenlet of this pool.
+        with allow_join_result(False), contextlib.suppress(WorkerTerminate):
             while self._ready.acquire() and not self.stopping:
                 try:
                     claim = self.waiting.popleft()
                 except IndexError:  # it was taken back
                     continue
-                try:
-                    _run_claim(self.worker, slot, claim)
-                except BaseException:  # its outcome could not be written
-                    worker_logger.exception("A thread of the pool failed")
+                _run_claim(self.worker, slot, claim)
                 if not (self.waiting or self.worker.bell.awake):
                     self.worker.bell.ring()
 
@@ -6581,11 +6486,9 @@ class Child:
 
 
 class PreforkPool(Pool):
-    """Runs tasks in child processes.
-
-    A child begins a task by reading its token from a pipe. The main process can read that too, to
-    give what a busy child has not begun to another: the kernel gives each token to one reader.
-    """
+    """Runs tasks in child processes. A child begins a task by reading its token from a pipe. The
+    main process can read that too, to give what a busy child has not begun to another: the kernel
+    gives each token to one reader."""
 
     kills = True
 
@@ -6637,8 +6540,7 @@ class PreforkPool(Pool):
         return super().take_back()
 
     def _refill(self) -> None:
-        """Retire children that are too many, or do not know the newest tasks, the idle ones first;
-        start others in free slots."""
+        """Retire children that are too many or know old tasks, idle ones first; start others."""
         stays = [child for child in self.children if not child.retired]
         generation = self.worker.app.generation
         leaves = [child for child in stays if child.generation != generation]
@@ -6666,6 +6568,7 @@ class PreforkPool(Pool):
         child = Child(slot, name, worker.app.generation)
         order = (name, slot.index, child.reader.fileno(), child.spool.fileno())
         _flush_output()
+        worker_before_create_process.send(sender=self)
         if method == "spawn":
             child.pid = _spawn(worker, order)
         else:
@@ -6673,6 +6576,8 @@ class PreforkPool(Pool):
                 warnings.simplefilter("ignore", DeprecationWarning)
                 child.pid = os.fork()
             if not child.pid:
+                for each in (*self.children, child):  # or its own pipe would never end
+                    each.writer.close()
                 _be_child(worker, *order)
         slot.pid = child.pid
         return child
@@ -6707,11 +6612,8 @@ class PreforkPool(Pool):
         running = self.held.get(ticket)
         left = (claim for claim in reversed(child.given) if claim.ticket in self.held)
         self.waiting.extendleft(claim for claim in left if claim is not running)
-        how = f"exitcode {os.WEXITSTATUS(child.status)}"
-        if os.WIFSIGNALED(child.status):
-            number = os.WTERMSIG(child.status)
-            name = next((known.name for known in signal.Signals if known == number), "?")
-            how = f"signal {number} ({name})"
+        code, names = os.waitstatus_to_exitcode(child.status), {-s: s.name for s in signal.Signals}
+        how = f"exitcode {code}" if code >= 0 else f"signal {-code} ({names.get(code, '?')})"
         if child.status and not (running or child.slot.executed):
             self._futile = time.monotonic()
         told, kind, limit = child.told
@@ -6778,7 +6680,7 @@ def _be_child(worker: Any, name: str, index: int, reader: int, spool: int) -> No
 
     def soft_limit(signum: int, frame: Any) -> None:
         # Else the task that was meant has ended.
-        if 0 < slot.times[1] <= time.monotonic() or slot.interrupted == slot.begun[0]:
+        if 0 < slot.times[1] <= time.monotonic() or 0 < slot.interrupted == slot.begun[0]:
             raise SoftTimeLimitExceeded()
 
     try:
@@ -6792,9 +6694,10 @@ def _be_child(worker: Any, name: str, index: int, reader: int, spool: int) -> No
             signal.signal(getattr(signal, "SIG" + kind), signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, soft_limit)
-        worker_process_init.send(sender=None)
+        worker_process_init.send(sender=worker.hostname)
         status = _work(worker, slot, reader, spool)
-        worker_process_shutdown.send(sender=None, pid=os.getpid(), exitcode=status)
+        named = {"pid": os.getpid(), "exitcode": status}
+        worker_process_shutdown.send(sender=worker.hostname, **named)
     except BaseException:
         worker_logger.exception("A child process failed")
     finally:
@@ -6849,6 +6752,17 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
+def _home(app: TaskQ) -> str:
+    """Return where a spawned child finds an app, 'proj.tasks:app'; ImproperlyConfigured."""
+    modules = sorted(sys.modules.items(), key=lambda item: item[0] == "__main__")  # rather another
+    for name, module in modules:
+        for attribute, value in list(getattr(module, "__dict__", {}).items()):
+            known = value is app and name not in (__name__, "__mp_main__")
+            if known and hasattr(module, "__file__"):
+                return f"{name}:{attribute}"
+    raise ImproperlyConfigured("the start method 'spawn' needs an app that a file holds")
+
+
 def _spawn(worker: Worker, order: Sequence[Any]) -> int:
     """Start a child in a fresh interpreter; it finds the app by name. Returns its pid."""
     import multiprocessing.spawn
@@ -6857,18 +6771,9 @@ def _spawn(worker: Worker, order: Sequence[Any]) -> int:
 
     main = multiprocessing.spawn.get_preparation_data(order[0])
     del main["authkey"]
-    modules = sorted(sys.modules.items(), key=lambda item: item[0] == "__main__")  # rather another
-    homes = [
-        f"{name}:{attribute}"
-        for name, module in modules
-        for attribute, value in list(getattr(module, "__dict__", {}).items())
-        if value is worker.app and name not in (__name__, "__mp_main__")
-    ]
-    if not homes:
-        raise ImproperlyConfigured("the start method 'spawn' needs an app that a module holds")
-    logs = worker.log_options if task_logger.handlers or setup_logging.receivers else None
+    logs = None if task_logger.propagate and not setup_logging.receivers else worker.log_options
     about = (worker.hostname, worker.overrides, worker.journal.path, worker.bell.path)
-    letter = (homes[0], *about, logs, order)
+    letter = (_home(worker.app), *about, logs, order)
     code = f"import sys; sys.path[:] = {main['sys_path']!r}; import {__name__} as own; "
     code += f"own._be_spawned({worker.pid}, {main!r}, {pickle.dumps(letter)!r})"
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
@@ -6900,9 +6805,7 @@ def _be_spawned(parent: int, main: dict[str, Any], letter: bytes) -> NoReturn:
     _be_child(worker, *order)
 
 
-# ---------------------------------------------------------------------------------------------
-# 14. Remote control
-# ---------------------------------------------------------------------------------------------
+# ==== 14. Remote control =========================================================================
 #
 # Messages are those of kombu's pidbox. A command goes to the exchange celery.pidbox and so to every
 # worker; each that it is for carries it out, and sends {its name: its reply} to the exchange
@@ -6923,11 +6826,9 @@ _NO_COMMANDS = "election memdump memsample objgraph pool_restart revoke_by_stamp
 
 
 def inspect_command(*, name: str | None = None, kind: str = "inspect", **options: Any) -> Any:
-    """Make a function a command of `inspect`: `@inspect_command(args=[("n", int)])`.
-
-    It is called with the worker's Pidbox and the arguments by name, and returns the reply, which
-    JSON must hold. Options: fields of Command; help is by default the docstring's first line.
-    """
+    """Make a function a command of `inspect`: `@inspect_command(args=[("n", int)])`. It is called
+    with the worker's Pidbox and the arguments by name, and returns the reply, which JSON must hold.
+    Options: fields of Command; help is by default the docstring's first line."""
 
     def register(run: Any) -> Any:
         about = {"help": (run.__doc__ or "").strip().partition("\n")[0], **options}
@@ -7040,17 +6941,17 @@ class Pidbox:
             self.worker.store.fan_out("direct", reply_to["exchange"], [post])
 
     # -- commands --------------------------------------------------------------------------------
-
     def tasks(self, state: str, safe: Any = False) -> Iterator[Any]:
         """Yield a pair for each task that is scheduled, reserved or active here: what Celery says
         of it, and its ETA; `safe`: arguments by their repr. What is no task is passed over."""
-        worker = self.worker
-        rows: dict[str, Callable[[], Any]] = {
-            "scheduled": lambda: zip(worker.store.scheduled(worker.queue_names)),
-            "reserved": lambda: zip(worker.reserved()),
-            "active": worker.pool.active,
-        }
-        for claim, *more in rows[state]():
+        worker, pool = self.worker, self.worker.pool
+        rows: Any = pool.active()
+        if state == "scheduled":
+            rows = zip(worker.store.scheduled(worker.queue_names))
+        elif state == "reserved":
+            begun = {claim.ticket for claim, _, _ in rows}
+            rows = zip(claim for claim in pool.held.values() if claim.ticket not in begun)
+        for claim, *more in rows:
             with contextlib.suppress(MalformedMessage):
                 headers = claim.message.headers
                 args, kwargs = headers.get("argsrepr"), headers.get("kwargsrepr")
@@ -7095,7 +6996,7 @@ class Pidbox:
     def active_queues(self) -> Any:
         """List the task queues a worker is currently consuming from."""
         return [
-            {**_QUEUE, "name": name, "exchange": {**_EXCHANGE, **at._asdict()}, "routing_key": key}
+            {"name": name, "exchange": {**at._asdict(), **_EXCHANGE}, "routing_key": key, **_QUEUE}
             for name, at, key in self.worker.queues
         ]
 
@@ -7103,7 +7004,7 @@ class Pidbox:
     def stats(self) -> Any:
         """Request worker statistics/information."""
         worker, conf, size = self.worker, self.app.conf, self.worker.pool.size
-        at: Any = _symbol("urllib.parse:urlsplit")(worker.store.uri())
+        at: Any = _symbol("urllib.parse:urlsplit")(worker.store.uri)
         broker = {**_BROKER, "transport": at.scheme, "hostname": at.hostname, "port": at.port}
         broker.update(userid=at.username, virtual_host=at.path[1:], ssl=at.scheme == "rediss")
         pool: dict[str, Any] = {"writes": "N/A", "put-guarded-by-semaphore": False}
@@ -7116,7 +7017,7 @@ class Pidbox:
         scale = {"max": most, "min": least, "current": size, "qty": len(worker.pool.held)}
         about = {"total": dict(worker.total), "pid": os.getpid(), "broker": broker, "pool": pool}
         about.update(clock=str(self.app.clock.value), uptime=round(time.time() - worker.started))
-        about.update(prefetch_count=most * conf.worker_prefetch_multiplier, rusage="N/A")
+        about.update(prefetch_count=worker.qos.value, rusage="N/A")
         about.update({"autoscaler": scale} if worker.autoscaled else {})
         with contextlib.suppress(ImportError):  # Windows
             used = _symbol("resource:getrusage")(0)
@@ -7131,10 +7032,8 @@ class Pidbox:
         text = f"terminate: {ended or 'tasks unknown'}"
         return {"ok": text if terminate else f"tasks {ids} flagged as revoked"}
 
-    @control_command(
-        args=[("task_name", str), ("rate_limit", str)],
-        signature="<task_name> <rate_limit (e.g., 5/s | 5/m | 5/h)>",
-    )
+    @control_command(args=[("task_name", str), ("rate_limit", str)],
+                     signature="<task_name> <rate_limit (e.g., 5/s | 5/m | 5/h)>")  # fmt: skip
     def rate_limit(self, task_name: str, rate_limit: Any) -> Any:
         """Tell worker(s) to modify the rate limit for a task by type."""
         try:
@@ -7149,10 +7048,8 @@ class Pidbox:
         worker_logger.info("New rate limit for tasks of type %s: %s.", task_name, rate_limit)
         return {"ok": "new rate limit set successfully"}
 
-    @control_command(
-        args=[("task_name", str), ("soft", float), ("hard", float)],
-        signature="<task_name> <soft_secs> [hard_secs]",
-    )
+    @control_command(args=[("task_name", str), ("soft", float), ("hard", float)],
+                     signature="<task_name> <soft_secs> [hard_secs]")  # fmt: skip
     def time_limit(self, task_name: str, soft: Any = None, hard: Any = None) -> Any:
         """Tell worker(s) to modify the time limit for task by type."""
         conf, task = self.app.conf, self.app.tasks[task_name]
@@ -7170,10 +7067,8 @@ class Pidbox:
         worker_logger.info(text, task_name, soft, hard)
         return {"ok": "time limits set successfully"}
 
-    @control_command(
-        args=[(name, str) for name in ("queue", "exchange", "exchange_type", "routing_key")],
-        signature="<queue> [exchange [type [routing_key]]]",
-    )
+    @control_command(args=[(n, str) for n in ("queue", "exchange", "exchange_type", "routing_key")],
+                     signature="<queue> [exchange [type [routing_key]]]")  # fmt: skip
     def add_consumer(
         self, queue: str, exchange: Any = None, exchange_type: Any = None, routing_key: Any = None,
         **_: Any,
@@ -7265,12 +7160,10 @@ for _name, _kind, _help, _run, *_more in (
 
 
 class Inspect:
-    """Asks an app's workers: `app.control.inspect(["w1@example.com"]).active()`.
-
-    It has a method for each command of `inspect`, your own too, with its arguments: conf(True),
-    query_task("id1", "id2"). They return {node: reply}, or None if nobody answers; for a single
-    name as the destination its reply. Other options are those of `Control.broadcast`.
-    """
+    """Asks an app's workers: `app.control.inspect(["w1@example.com"]).active()`. It has a method
+    for each command of `inspect`, your own too, with its arguments: conf(True), query_task("id1").
+    They return {node: reply}, or None if nobody answers; for a single name as the destination its
+    reply. Other options are those of `Control.broadcast`."""
 
     def __init__(self, control: Control, destination: Any = None, **options: Any) -> None:
         self.node = destination if isinstance(destination, str) else None
@@ -7281,8 +7174,10 @@ class Inspect:
         command = find_command(name, "inspect")
 
         def ask(*args: Any, **named: Any) -> Any:
+            options = {**self._options, "reply": True}
+            options["destination"] = named.pop("destination", options["destination"])
             arguments = {**command_arguments(command, args), **named}
-            replies = self._control.broadcast(name, arguments, reply=True, **self._options)
+            replies = self._control.broadcast(name, arguments, **options)
             found = {node: reply for each in replies for node, reply in each.items()}
             return found.get(self.node) if self.node else found or None
 
@@ -7290,12 +7185,9 @@ class Inspect:
 
 
 class Control:
-    """Remote control of an app's workers: `app.control`.
-
-    It has a method for each command of `control`, your own too, with its arguments and options of
-    `broadcast`: time_limit("tasks.add", soft=60, hard=120, reply=True). The destination may also be
-    the last argument.
-    """
+    """Remote control of an app's workers: `app.control`. It has a method for each command of
+    `control`, your own too, with its arguments, perhaps the destination, and options of
+    `broadcast`: `app.control.time_limit("tasks.add", soft=60, hard=120, reply=True)`."""
 
     def __init__(self, app: TaskQ) -> None:
         self.app = app
@@ -7308,13 +7200,11 @@ class Control:
         matcher: str | None = None, **more: Any,
     ) -> Any:  # fmt: skip
         """Send a command to workers; with `reply` return their replies, [{node: reply}, ...].
-
         arguments: a dict, to which `more` is added. destination: a list of nodes, instead of all;
         or a `pattern` of their names, and the `matcher` for it, 'glob' or 'pcre'. timeout: seconds
         to wait for the next reply; None without end. limit: how many replies are enough, if not all
         of those who were asked. callback: called with each. The others, Celery's, change nothing.
-        TypeError or ValueError for arguments that a command cannot have.
-        """
+        TypeError or ValueError for arguments that a command cannot have."""
         if destination is not None and not isinstance(destination, (list, tuple)):
             given = f"destination={_repr(destination, 60)}"
             raise ValueError(f"{given}: expected a list of nodes, such as ['celery@example.com']")
@@ -7409,7 +7299,9 @@ def command_list(kind: str) -> str:
     lines = [f"{kind.capitalize()} Commands:"]
     for name, command in sorted(COMMANDS.items()):
         if command.kind == kind and command.visible:
-            lines.append(f"  {f'{name} {command.signature}':<31} {command.help}")
+            head = f"  {name} {command.signature}".rstrip()
+            gap = " " * (34 - len(head)) or "\n" + " " * 34
+            lines.append(head + gap + command.help)
     return "\n".join(lines)
 
 
@@ -7431,7 +7323,7 @@ def _remote_command(app: TaskQ, options: Any) -> None:
         converted = [convert(word) for (_, convert), word in zip(command.args, words)]
         arguments = command_arguments(command, converted + words[len(converted) :])
         replies = app.control.broadcast(
-            name, arguments, _name_list(options.destination) or None, reply=True,
+            name, arguments, _listed(options.destination) or None, reply=True,
             timeout=options.timeout or command.default_timeout,
             callback=None if options.json else show,
         )  # fmt: skip
@@ -7451,9 +7343,7 @@ def _remote_command(app: TaskQ, options: Any) -> None:
         print(f"\n{_plural(len(replies), 'node')} online.")
 
 
-# ---------------------------------------------------------------------------------------------
-# 15. Worker
-# ---------------------------------------------------------------------------------------------
+# ==== 15. Worker =================================================================================
 
 
 class _LogFormatter(logging.Formatter):
@@ -7502,11 +7392,8 @@ def log_path(path: str, index: int = 0) -> str:
     return path.replace("%i", str(index)).replace("%I", f"-{index}" if index else "")
 
 
-def configure_logging(
-    app: TaskQ, loglevel: int, logfile: str | None, color: Any, index: int = 0
-) -> None:
-    """Set up a worker's log as Celery does; a receiver of `setup_logging` does it instead.
-    index: that of the pool's process, for a file of its own; 0 for the main process."""
+def configure_logging(app: TaskQ, loglevel: int, logfile: Any, color: Any, index: int = 0) -> None:
+    """Set up the log as Celery does; `index` of the pool's process: for a file of its own."""
     conf, stream = app.conf, sys.__stderr__
     logfile = logfile and log_path(logfile, index)
     for default in (conf.worker_log_color, not logfile and stream is not None and stream.isatty()):
@@ -7559,25 +7446,19 @@ POOLS: dict[str, Any] = dict.fromkeys(("prefork", "processes"), PreforkPool)
 POOLS.update(dict.fromkeys(("threads", *_PATCHES), ThreadPool), solo=SoloPool)
 
 #: A worker's options that stand for settings: `time_limit` is the setting task_time_limit.
-_OPTION_SETTINGS = {
-    **{re.sub("^(worker|task)_", "", name): name for name in SETTINGS},
-    "broker": "broker_url",
-    "statedb": "worker_state_db",
-    "task_events": "worker_send_task_events",
-    "schedule_filename": "beat_schedule_filename",
-}
+_OPTION_SETTINGS = {re.sub("^(worker|task)_", "", name): name for name in SETTINGS}
+_OPTION_SETTINGS.update(broker="broker_url", task_events="worker_send_task_events")
+_OPTION_SETTINGS.update(statedb="worker_state_db", schedule_filename="beat_schedule_filename")
 
 #: For how many seconds a revoke is kept (in Celery for 3 hours: a later ETA would run), how many.
 _REVOKE_SECONDS, _REVOKES_MAX = 30 * 86_400, 50_000
 
 
 class Worker:
-    """Claims messages, has a pool run them, and settles what comes of them.
-
-    Its options are those of the command line, by their long names. Most set settings while it runs:
-    `pool`, `concurrency`, `time_limit`, … Names may be lists, or text with commas; hostname,
-    logfile and statedb take %n, %h and %d, as node_format does.
-    """
+    """Claims messages, has a pool run them, and settles what comes of them. Its options are those
+    of the command line, by their long names. Most set settings while it runs: `pool`,
+    `concurrency`, `time_limit`, … Names may be lists, or text with commas; hostname, logfile and
+    statedb take %n, %h and %d, as node_format does."""
 
     stopping: str | None = None  # 'warm' or 'cold'
     exitcode = 0
@@ -7590,10 +7471,8 @@ class Worker:
     # When it last looked for dead workers and for commands, sent a heartbeat, had a new task:
     _looked = _attended = _beaten = _busy = 0.0
     #: The options that are no settings.
-    OPTIONS = (
-        "hostname queues exclude_queues loglevel logfile quiet no_color purge autoscale beat "
-        "without_heartbeat heartbeat_interval"
-    ).split()
+    OPTIONS = """hostname queues exclude_queues loglevel logfile quiet no_color purge autoscale
+        beat without_heartbeat heartbeat_interval""".split()
 
     def __init__(self, app: TaskQ, **options: Any) -> None:
         self.app, conf = app, app.conf
@@ -7602,25 +7481,24 @@ class Worker:
         app.import_default_modules()
         host, name = _hostname(), own.hostname or "celery"
         name = name if "@" in name else f"{name}@%h"
-        self.hostname = node_format(name, f"{host.partition('.')[0]}@{host}")
+        self.hostname = app.node = node_format(name, f"{host.partition('.')[0]}@{host}")
         celeryd_init.send(sender=self.hostname, instance=self, conf=conf, options=options)
         for name in options.keys() - _OPTION_SETTINGS.keys():
             hint = _hint(name, (*self.OPTIONS, *_OPTION_SETTINGS), 0.6)
             raise TypeError(f"a worker has no option {name!r}{hint}")
         found = {_OPTION_SETTINGS[k]: value for k, value in options.items() if value is not None}
         if "include" in found:
-            found["include"] = [*_name_list(conf.include), *_name_list(found["include"])]
+            found["include"] = [*_listed(conf.include), *_listed(found["include"])]
         self.overrides = found  # settings, which spawned children take too
         self.replaced = {name: conf[name] for name in found}  # put back at the end
         self.pool_name = found.get("worker_pool", conf.worker_pool)
         self.concurrency = _count(found.get("worker_concurrency", conf.worker_concurrency))
         #: The most and the fewest processes, where their number follows the work.
         self.autoscaled: Any = own.autoscale and _most_and_least(own.autoscale)
-        self.log_options: dict[str, Any] = {
-            "loglevel": _log_level(own.loglevel or "WARNING"),
-            "logfile": own.logfile and os.path.abspath(node_format(own.logfile, self.hostname)),
-            "color": False if own.no_color else None,
-        }
+        path = own.logfile and os.path.abspath(node_format(own.logfile, self.hostname))
+        color = False if own.no_color else None
+        self.log_options: dict[str, Any] = {"logfile": path, "color": color}
+        self.log_options["loglevel"] = _log_level(own.loglevel or "WARNING")
         self.beats = 0.0 if own.without_heartbeat else float(own.heartbeat_interval or 2)
         self.started = time.time()
         self.total: collections.Counter[str] = collections.Counter()  # claims, by their task's name
@@ -7637,6 +7515,7 @@ class Worker:
             stack.enter_context(contextlib.redirect_stdout(sys.stdout))  # put back at the end
             stack.enter_context(contextlib.redirect_stderr(sys.stderr))
             configure_logging(self.app, **self.log_options)
+            self._connect()
             self.setup()
             celeryd_after_setup.send(sender=self.hostname, instance=self, conf=self.app.conf)
             count = sum(map(self.store.purge, self.queue_names)) if own.purge else 0
@@ -7656,12 +7535,15 @@ class Worker:
             raise ImproperlyConfigured("memory:// lives in one process: use --pool=threads or solo")
         if self.autoscaled and not kills:
             raise ImproperlyConfigured(f"the {self.pool_name} pool has no --autoscale: use prefork")
+        if kills and self.app.conf.worker_pool_start_method == "spawn":
+            _home(self.app)
         _patch_greenlets(self.pool_name)
-        self.app.store.look(())
-        self.app.backend.uri()
+        if not self.app.store.foreign:  # a server may come later
+            self.app.store.look(())
+        _ = self.app.backend
         router = self.app.router
-        names = _name_list(self.own_options.queues) or list(router.queues)
-        unwanted = _name_list(self.own_options.exclude_queues)
+        names = _listed(self.own_options.queues) or list(router.queues)
+        unwanted = _listed(self.own_options.exclude_queues)
         self.queues = [router.queue(name) for name in names if name not in unwanted]
         if not self.queues:
             raise ImproperlyConfigured("no queues are left to serve: see -Q and -X")
@@ -7669,9 +7551,27 @@ class Worker:
         url = path and "sqlite:///" + os.path.abspath(node_format(path, self.hostname))
         self.memory = open_store(url, {}) if url else self.app.store  # of revokes
 
+    def _connect(self) -> None:
+        """Wait for a server that cannot be reached yet, as `broker_connection_retry` says."""
+        conf, store = self.app.conf, self.app.store
+        waits, most = conf.broker_connection_retry_on_startup, conf.broker_connection_max_retries
+        waits = store.foreign and (conf.broker_connection_retry if waits is None else waits)
+        for attempt in itertools.count(1):
+            try:
+                store.look(())
+                return
+            except OperationalError as exc:
+                if not waits or most is not None and attempt > most:
+                    raise
+                seconds = min(2 * attempt, 32)
+                text = "consumer: Cannot connect: %s.\nTrying again in %s seconds... (%s/%s)"
+                worker_logger.error(text, exc, seconds, attempt, most)
+                time.sleep(seconds)
+
     def setup(self) -> None:
         """Open what the worker needs."""
         self.check()
+        self.app.store.look(())
         self.pid = os.getpid()
         self.store: Store = self.app.store
         self.owner = int.from_bytes(os.urandom(7), "big")
@@ -7693,6 +7593,8 @@ class Worker:
         if self.app.conf.worker_enable_remote_control:
             self.control = Pidbox(self)
         self.serve(self.queues)
+        for store in {self.store, self.memory}:  # now that it hears of others
+            self.revoked.update(store.revoked())
         if self.pool_name != self.app.conf.worker_pool:
             worker_logger.warning("There is no fork on this platform: using the threads pool")
         if not pool.kills and any(task.time_limit for task in self.app.tasks.values()):
@@ -7824,8 +7726,9 @@ class Worker:
         self._unsettled += [(c, lost(self.app, c, TaskRevokedError("revoked"))) for c in gone]
         return [claim for claim in claims if claim not in gone]
 
-    def _settle(self, owner: int, finished: Sequence[Any], room: int = 0) -> list[Claim]:
-        """Settle an owner's claims, results first where they have a store; claim up to `room`."""
+    def _settle(self, owner: int | None, finished: Sequence[Any], room: int = 0) -> list[Claim]:
+        """Settle an owner's claims, or what nobody has claimed, results first where they have a
+        store; claim up to `room`."""
         settled, backend = finished, self.app.backend
         try:
             if finished and backend is not self.app.store:
@@ -7839,11 +7742,14 @@ class Worker:
                 claim, first = rest[0]
                 settled = [(claim, first._replace(publish=[*first.publish, *ready])), *rest[1:]]
             return self.store.settle(owner, settled, self.queue_names, room)
-        except (StaleClaim, ValueError, OverflowError) as exc:
+        except Exception as exc:
+            if isinstance(exc, OperationalError) or not finished:
+                raise
             if len(finished) > 1:  # it is about one of them
                 return [claim for pair in finished for claim in self._settle(owner, [pair])]
             if isinstance(exc, StaleClaim):
-                worker_logger.warning("An outcome was dropped: %s", exc)
+                if owner is not None:
+                    worker_logger.warning("An outcome was dropped: %s", exc)
                 return []
             ((claim, outcome),) = finished
             if outcome.verb == "reject":  # even that cannot be kept: it is not about the task
@@ -7866,8 +7772,12 @@ class Worker:
                     fields = {**call_fields(claim.message), "timestamp": time.time()}
                     events.append(("task-received", fields))
                 if hears:
-                    request = request_of(claim.message, None, None, {}, self.hostname)
-                    request.update(name=headers["task"])
+                    message, body = claim.message, [None, None, {}]  # type: Any, list[Any]
+                    if message.content_type == CONTENT_TYPES["json"]:  # a pickle is for children
+                        body = message.payload(self.app.conf.accept_content)
+                    args, kwargs, embed = body
+                    request = request_of(message, args, kwargs, embed, self.hostname)
+                    request.update(name=headers["task"], task_name=headers["task"])
                     task_received.send(sender=self, request=request)
         if events:
             self.dispatcher.publish(events)
@@ -7889,11 +7799,8 @@ class Worker:
             self.revoked = dict(kept[-_REVOKES_MAX:])
 
     # -- what remote control asks for ------------------------------------------------------------
-
-    def reserved(self) -> list[Claim]:
-        """Return the claims that have not begun."""
-        running = {claim.ticket for claim, _, _ in self.pool.active()}
-        return [claim for claim in self.pool.held.values() if claim.ticket not in running]
+    #: What has the prefetch count: Celery's name, for commands of one's own.
+    qos = property(lambda worker: worker.pool)
 
     def revoke(self, ids: Iterable[str], terminate: bool = False, signal: Any = "TERM") -> set[str]:
         """Discard tasks, those that wait here at once, others when they come; with `terminate` also
@@ -7901,12 +7808,13 @@ class Worker:
         those that were here. NotImplementedError without such processes, ValueError."""
         ids, signum = set(ids), _signal_number(signal)
         self.revoked.update(dict.fromkeys(ids, time.time() + _REVOKE_SECONDS))
-        self.memory.revoke(ids, _REVOKE_SECONDS)
+        for store in {self.store, self.memory}:
+            store.revoke(ids, _REVOKE_SECONDS)
         here = {claim.head[1] for claim in self.pool.held.values()} & ids
         if here:
             self.pool.submit(self._discard(self.pool.take_back()))
         running = {claim.head[1]: claim.ticket for claim, _, _ in self.pool.active()}
-        self._end_elsewhere(ids - here)
+        self._end_scheduled(ids - here)
         if not terminate:
             worker_logger.info("Tasks flagged as revoked: %s", ", ".join(ids))
             return set()
@@ -7916,19 +7824,14 @@ class Worker:
             self.pool.terminate(running.get(id, 0), signum)
         return here
 
-    def _end_elsewhere(self, ids: set[str]) -> None:
-        """Give revoked tasks that no worker has claimed their end at once: they may wait long, as
-        with an ETA. Their messages are discarded in their time."""
-        for journal in Journal.others(self.store.folder):
-            ids = ids - {claim.head[1] for claim in self.store.claims_of(journal.owner)}
-        known, exc = self.app.backend.get_results(list(ids)), TaskRevokedError("revoked")
-        ids = {id for id in ids if known.get(id, (PENDING,))[0] in UNREADY_STATES - {STARTED}}
-        rows = [result_row(self.app, Context(id=id), REVOKED, exc) for id in ids]
-        due_later = self.store.scheduled(self.queue_names) if ids else ()
-        ends = [lost(self.app, claim, exc) for claim in due_later if claim.head[1] in ids]
-        rows += [row for end in ends for row in end.results]  # also of what waits for them
-        ready = self.app.backend.put_results(rows, [part for end in ends for part in end.parts])
-        self.store.publish([*ready, *(delivery for end in ends for delivery in end.publish)])
+    def _end_scheduled(self, ids: set[str]) -> None:
+        """End revoked tasks that wait for their ETA now: that may be far. Every worker hears of a
+        revoke; the one that takes the message ends the task."""
+        for claim in self.store.scheduled(self.queue_names) if ids else ():
+            if claim.head[1] in ids:
+                end = lost(self.app, claim, TaskRevokedError("revoked"))
+                self._settle(None, [(claim, end)])
+                self.dispatcher.publish(end.events)
 
     def read_limits(self) -> None:
         """Learn the rate limits of the tasks; what waits for one waits anew."""
@@ -7968,15 +7871,17 @@ class Worker:
     def heartbeat(self, type: str = "worker-heartbeat") -> None:
         """Send an event of this worker: worker-online, worker-heartbeat, worker-offline."""
         self._beaten = time.monotonic()
+        heartbeat_sent.send(sender=self)
         load = [round(value, 2) for value in getattr(os, "getloadavg", lambda: (0.0,) * 3)()]
         about = {"sw_ident": "taskq", "sw_ver": __version__, "sw_sys": _symbol("platform:system")()}
         count = {"active": len(self.pool.active()), "processed": sum(self.total.values())}
         self.dispatcher.send(type, freq=self.beats or 2.0, loadavg=load, **count, **about)
 
     # -- the end ---------------------------------------------------------------------------------
-
-    def stop(self, how: str = "warm", exitcode: int = 0) -> None:
-        """Ask the worker to end: 'warm' lets running tasks finish, 'cold' ends them, and stays."""
+    def stop(self, how: str = "warm", exitcode: int = 0, restart: bool = False) -> None:
+        """Ask the worker to end: 'warm' lets running tasks finish, 'cold' ends them, and stays;
+        and perhaps to start anew then, which anybody who does not, before or after, overrules."""
+        self.restarting = restart and (self.stopping is None or self.restarting)
         self.stopping = "cold" if self.stopping == "cold" else how
         self.exitcode = exitcode
         with contextlib.suppress(RuntimeError):  # eventlet lets no signal handler write
@@ -7992,12 +7897,9 @@ class Worker:
         self._left()
         self.pool.stop(0.0)
         told = functools.partial(self.lost, why="it was told to stop at once")
-        brought: list[Claim] = []  # the end of a chord is for the worker that settles its last part
         try:
-            keep = lambda *settled: brought.extend(self._settle(*settled))  # noqa: E731
-            self.store.recover_owner(self.owner, self.journal.ends(), told, keep)
-            if brought:
-                self._settle(self.owner, [(claim, _GIVE_BACK) for claim in brought])
+            # The end of a chord, if this brings one, is given back by `leave`.
+            self.store.recover_owner(self.owner, self.journal.ends(), told, self._settle)
             self._unsettled = []
             self.pool.held.clear()
         except OperationalError as exc:
@@ -8013,9 +7915,7 @@ class Worker:
             if os.getpid() != self.pid:
                 return
             name = signal.Signals(signum).name
-            # Any other signal overrules a HUP, before or after it.
-            begins = self.stopping is None or self.restarting
-            self.restarting = name == "SIGHUP" and hup_restarts and begins
+            name = os.environ.get("REMAP_SIGTERM", name) if name == "SIGTERM" else name
             is_first = name == "SIGINT" and self.stopping is None
             status = int(name in ("SIGINT", "SIGQUIT"))
             how = "Cold" if status > is_first else "Warm"
@@ -8025,7 +7925,7 @@ class Worker:
             with contextlib.suppress(OSError, RuntimeError):  # print may be what it interrupts
                 os.write(2, text.encode())
             worker_shutting_down.send(sender=self.hostname, sig=name, how=how, exitcode=status)
-            self.stop(how.lower(), status)
+            self.stop(how.lower(), status, name == "SIGHUP" and hup_restarts)
             if how == "Cold" and _thread.stack:  # a task of the solo pool: nothing else ends that
                 raise WorkerTerminate(1)
 
@@ -8057,8 +7957,8 @@ class Worker:
 
 [config]
 . app:         {self.app.main or "__main__"}:{id(self.app):#x}
-. broker:      {_mask_url(self.store.uri())}
-. results:     {_mask_url(self.app.backend.uri())}
+. broker:      {self.store.uri}
+. results:     {self.app.backend.uri}
 . concurrency: {count} ({self.pool_name})
 . task events: {"ON" if self.dispatcher.enabled else off}
 
@@ -8069,25 +7969,22 @@ class Worker:
 
 
 def _count(concurrency: Any) -> int:
-    """Return a number of processes or threads; None and 'auto' are the CPUs that there are."""
-    if concurrency in (None, "auto"):
+    """Return a number of processes or threads; None, 0 and 'auto' are the CPUs."""
+    if concurrency in (None, 0, "0", "auto"):
         usable = getattr(os, "sched_getaffinity", None)
         return len(usable(0)) if usable else os.cpu_count() or 1
-    if str(concurrency).isdecimal() and int(concurrency) > 0:
+    if str(concurrency).isdecimal():
         return int(concurrency)
     raise ImproperlyConfigured(f"concurrency {concurrency!r}: expected a number above 0, or 'auto'")
 
 
 def _most_and_least(text: str) -> tuple[int, int]:
     """Return the most and the fewest processes that --autoscale gives, '10,3'."""
-    why = ""
     with contextlib.suppress(ValueError):
         most, least = map(int, f"{text},0".split(",")[:2])
         if 0 <= least <= most > 0:
             return most, least
-        if least > most:
-            why = f"the most, {most}, is below the fewest, {least}: "
-    raise ImproperlyConfigured(f"autoscale {text!r}: {why}expected MAX,MIN, as in 10,3")
+    raise ImproperlyConfigured(f"autoscale {text!r}: expected MAX,MIN, as in 10,3")
 
 
 def _signal_number(name: Any) -> Any:
@@ -8104,26 +8001,20 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _name_list(names: Any) -> list[Any]:
-    """Return names given as a list, or as text with commas."""
-    if isinstance(names, str):
-        names = names.split(",")
-    return [name.strip() if isinstance(name, str) else name for name in names or () if name]
-
-
 def _patch_greenlets(pool: str | None) -> None:
     """Patch the standard library for a pool of greenlets; another time changes nothing."""
+    global _thread
     if pool in _PATCHES:
         try:
             _symbol(_PATCHES[pool])()
         except ImportError:
             why = f"{pool}, which is not installed: pip install {pool}"
             raise ImproperlyConfigured(f"the {pool} pool needs {why}") from None
+        if not isinstance(_thread, threading.local):  # which are now those of greenlets
+            _thread = _new_thread_state()
 
 
-# ---------------------------------------------------------------------------------------------
-# 16. Background worker
-# ---------------------------------------------------------------------------------------------
+# ==== 16. Background worker ======================================================================
 
 
 class BackgroundWorker:
@@ -8133,8 +8024,7 @@ class BackgroundWorker:
             print(add.delay(2, 2).get(timeout=10))
 
     Tasks run in their latest form, also those that are defined after it was started. The pool is
-    threads in a notebook or REPL, and where there is no fork or no file; else prefork.
-    """
+    threads in a notebook or REPL, and where there is no fork or no file; else prefork."""
 
     def __init__(self, app: TaskQ, options: dict[str, Any]) -> None:
         self.app, self.options = app, options
@@ -8154,13 +8044,13 @@ class BackgroundWorker:
         with contextlib.ExitStack() as undo:
             undo.callback(self.app.conf.update, worker.replaced)
             worker.setup()
+            if threading.current_thread() is threading.main_thread():
+                worker.begin()  # children that are forked here inherit no lock that is held
             undo.pop_all()  # `run` does it
         if worker.pool.kills and "IPython" in sys.modules:
             shell = sys.modules["IPython"].get_ipython()
             if shell is not None:
                 shell.events.register("post_run_cell", self._renew)
-        if threading.current_thread() is threading.main_thread():
-            worker.begin()  # children that are forked here inherit no lock that is held
         self._thread = threading.Thread(target=worker.run, name="taskq worker", daemon=True)
         self._thread.start()  # any other thread must not fork them: they would die with it
         while not worker.ready.wait(0.1):
@@ -8186,9 +8076,7 @@ class BackgroundWorker:
         self.stop()
 
 
-# ---------------------------------------------------------------------------------------------
-# 17. Beat
-# ---------------------------------------------------------------------------------------------
+# ==== 17. Beat ===================================================================================
 
 beat_logger = logging.getLogger("celery.beat")
 
@@ -8218,11 +8106,8 @@ def _entry(app: TaskQ, name: str, given: Any) -> tuple[str, BaseSchedule, Signat
 
 class Beat:
     """Sends an app's periodic tasks when they are due. The store keeps the last runs, and lets only
-    one of several beats send each.
-
-    max_interval: seconds, at most, between two looks. schedule: a file that keeps the last runs
-    too, in case that the store is wiped. Both stand for settings.
-    """
+    one of several beats send each. max_interval: seconds, at most, between two looks; schedule: a
+    file that keeps the last runs too, in case that the store is wiped. Both stand for settings."""
 
     def __init__(self, app: TaskQ, max_interval: Any = None, schedule: str | None = None) -> None:
         app.import_default_modules()
@@ -8265,12 +8150,20 @@ class Beat:
         with self._ticking:
             beat_logger.info("beat: Shutting down...")
 
+    def end(self, *_: Any) -> None:
+        """Handle a signal in the thread that runs it: end at once, but the first time not amid what
+        it sends and writes down."""
+        if self._stopped.is_set() or not self._ticking.locked():
+            sys.exit(0)
+        self._stopped.set()
+
     def tick(self) -> float:
         """Send what is due; return the seconds until the next look."""
-        store, now = self.app.store, time.time()
+        store = self.app.store
         last = {key: last for key, (last, _) in store.due_runs().items()}
         for key in self.entries.keys() - last.keys():
-            last[key] = self.last.get(key, now)  # it is new, or the store was wiped
+            # It is new, or the store was wiped.
+            last[key] = self.last.get(key) or self.entries[key][1].now().timestamp()
             store.publish((), run=(key, None, last[key]))
         before, self.last = self.last, last
         soonest = min(map(self._look, self.entries), default=float("inf"))
@@ -8287,8 +8180,9 @@ class Beat:
     def _look(self, key: str) -> float:
         """Send an entry if it is due; return when to look at it again."""
         (name, when, call), app, batch = self.entries[key], self.app, Batch()
-        last, now, wait = self.last[key], time.time(), self.max_interval
+        last, asked, wait = self.last[key], time.time(), self.max_interval
         try:
+            now = when.now().timestamp()  # a `nowfun` may have a time of its own
             due, wait = when.is_due(datetime.fromtimestamp(last, app.timezone))
             if due:
                 with app._batch(batch):
@@ -8302,37 +8196,28 @@ class Beat:
             raise
         except Exception:  # its arguments cannot be serialized, say
             beat_logger.exception("beat: %s cannot be sent", name)
-            app.store.publish((), run=(key, last, now))  # it waits for its next run
-        return now + wait
+            app.store.publish((), run=(key, last, asked))  # it waits for its next run
+        return asked + wait
 
 
 def _beat_command(app: TaskQ, options: Any) -> None:
     """Run beat until SIGTERM or SIGINT."""
-    level, color = options.loglevel or "WARNING", False if options.no_color else None
+    level, color = _log_level(options.loglevel or "WARNING"), False if options.no_color else None
     with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):
         # This comes first, and replaces them: what fails in on_after_configure is only logged.
-        configure_logging(app, logging.getLevelName(level), options.logfile, color)
+        configure_logging(app, level, options.logfile, color)
         beat = Beat(app, options.max_interval, options.schedule)
         if not options.quiet:
-            text = f"""taskq beat v{__version__} is starting.
-__    -    ... __   -        _
-LocalTime -> {datetime.now().replace(microsecond=0)}
-Configuration ->
-    . broker -> {_mask_url(app.store.uri())}
-    . db -> {beat.path or "in the store"}
-    . logfile -> {options.logfile or "[stderr]"}@%{level}
-    . maxinterval -> {_in_words(beat.max_interval)} ({beat.max_interval}s)"""
-            print(text, file=sys.__stdout__, flush=True)
+            text = f"taskq beat v{__version__} is starting: {_plural(len(beat.entries), 'task')} on"
+            print(text, app.store.uri, file=sys.__stdout__, flush=True)
         app.close()
         with _daemon(options):
             for signum in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(signum, lambda *_: sys.exit(0))
+                signal.signal(signum, beat.end)
             beat.run()
 
 
-# ---------------------------------------------------------------------------------------------
-# 18. Daemons, multi
-# ---------------------------------------------------------------------------------------------
+# ==== 18. Daemons, multi =========================================================================
 
 
 def _run_anew(python: str, options: Any) -> NoReturn:
@@ -8355,8 +8240,7 @@ def _run_anew(python: str, options: Any) -> NoReturn:
 
 
 def _settle_in(options: Any) -> None:
-    """Take up the directory, umask, group and user of the options, which are none from then on: a
-    restart does not take them up again. CommandError if one cannot be."""
+    """Take up the directory, umask, group and user of the options, once; or CommandError."""
     if options.workdir:
         os.chdir(options.workdir)
     for name in {"logfile", "pidfile"} & vars(options).keys():
@@ -8395,13 +8279,6 @@ def _is_alive(pid: int) -> bool:
         return True
 
 
-def _open_pid_file(path: str, mode: str) -> Any:
-    """Open a pid file; CommandError if that is no file, as a pipe, which would be waited for."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise CommandError(f"{path} is no file: expected the path of a pid file", 1)
-    return open(path, mode)
-
-
 def _read_pid(file: Any, exclusive: bool) -> tuple[int, bool]:
     """Return the number in a pid file, 0 if there is none, and whether its process locks it."""
     file.seek(0)
@@ -8417,7 +8294,7 @@ def _read_pid(file: Any, exclusive: bool) -> tuple[int, bool]:
 @contextlib.contextmanager
 def _pid_file(path: str) -> Iterator[None]:
     """Hold a pid file, locked, while the body runs; CommandError, status 73, if another does."""
-    with _open_pid_file(path, "ab+") as file:
+    with open(path, "ab+") as file:
         pid, locked = _read_pid(file, exclusive=True)
         if locked or pid not in (0, os.getpid()) and _is_alive(pid):
             text = f"Pidfile ({path}) already exists. Seems we're already running? (pid: {pid})"
@@ -8437,9 +8314,10 @@ def _pid_file(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _daemon(options: Any) -> Iterator[None]:
-    """Run the body with the pid file `pidfile`, and in the background if `detach` says so: without
-    a terminal and a parent, stderr being `logfile`. The process in the foreground ends when the pid
-    file is there; with status 73 if it cannot be."""
+    """Run the body with the pid file `pidfile`, and if `detach` says so in the background, stderr
+    being `logfile`. The process in the foreground ends when the pid file is there, or with 73."""
+    if os.environ.get("C_FAKEFORK"):  # to see on the terminal why it ends
+        options.detach = None
     if options.detach:
         if not hasattr(os, "fork"):
             raise CommandError("--detach needs a platform with fork")
@@ -8475,12 +8353,12 @@ class Node:
         options = {"--pidfile": "%n.pid", "--logfile": "%n%I.log", **options, "-n": name}
         self.argv = [options.pop("--executable", sys.executable), *command]
         for option, value in options.items():
-            options[option] = self.expand(value)
+            options[option] = os.path.expanduser(self.expand(value))  # --pidfile=~/run/%n.pid
             words = list(filter(None, (option, options[option])))
             self.argv += ["=".join(words)] if option.startswith("--") else words
         home = options.get("--workdir", "")
         self.pidfile = os.path.join(home, options["--pidfile"])
-        self.logfile = os.path.join(home, options["--logfile"])
+        self.logfile = os.path.join(home, options.get("-f") or options["--logfile"])
 
     def expand(self, text: str) -> str:
         """Put in the node's own %n, %N, %h, %H, %d and %p; %i and %I are for its processes."""
@@ -8492,7 +8370,7 @@ class Node:
 
         print(f"{title}{self.name}: ", end="", flush=True)
         if verbose:
-            print("", " ".join(self.argv), flush=True)
+            print(" ", " ".join(self.argv), flush=True)
         for path in (self.pidfile, self.logfile):
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self.status = subprocess.call(self.argv)
@@ -8501,14 +8379,11 @@ class Node:
             print(f"* Child terminated with {how} {abs(self.status)}")
         print("FAILED" if self.status else "OK", flush=True)
 
-    def say_down(self) -> None:
-        print(f"> {self.name}: DOWN")
-
     def is_running(self) -> bool:
         """Return whether the worker runs; CommandError if its pid file is not that of a worker."""
         for seconds in (0.2, 0.8, 0.0):  # one that starts anew has no lock for a moment
             try:
-                with _open_pid_file(self.pidfile, "rb") as file:
+                with open(self.pidfile, "rb") as file:
                     self.pid, locked = _read_pid(file, exclusive=False)
             except FileNotFoundError:
                 return False
@@ -8538,11 +8413,10 @@ def _multi_nodes(words: list[str]) -> list[Node]:
     actions = _parser("worker")._actions
     valueless = {flag for action in actions if action.nargs == 0 for flag in action.option_strings}
     names: list[str] = []
-    common: dict[str, str] = {}
-    special: list[tuple[str, str, str]] = []  # (option, for which nodes, value)
+    given: list[tuple[str, str | None, str]] = []  # (option, for which nodes or all, value)
     left = [*words]
     while left:
-        word = left.pop(0)
+        word = re.sub("^(-[^-Ab])([^:]+):(.+)$", r"\1:\3=\2", left.pop(0))  # -Ofair:1, -O:1 fair
         match = re.fullmatch(r"(-[^-]|--[^:=]+)(?::([^=]+))?=?(.*)", word)
         if match is None:
             names.append(word)
@@ -8550,10 +8424,8 @@ def _multi_nodes(words: list[str]) -> list[Node]:
         option, where, value = match.groups()
         if not value and option not in valueless and left and not left[0].startswith("-"):
             value = left.pop(0)
-        if where:
-            special.append((option, where, value))
-        else:
-            common[option] = value
+        given.append((option, where, value))
+    common = {option: value for option, where, value in given if not where}
     host = common.pop("-n", "") or common.pop("--hostname", "") or _hostname()
     prefix = common.pop("--range-prefix", "celery")
     command = common.pop("--cmd", "").split() or [__file__, "worker", "--detach"]
@@ -8564,24 +8436,25 @@ def _multi_nodes(words: list[str]) -> list[Node]:
     here = f"{_hostname().partition('.')[0]}@{_hostname()}"
     names = [node_format(name if "@" in name else f"{name}@{host}", here) for name in names]
     own = [dict(common) for _ in names]
-    for option, where, value in special:
-        for index in _multi_indexes(option, where, names):
+    for option, where, value in given:
+        for index in _multi_indexes(option, where, names) if where else ():
             own[index][option] = value
     return [Node(name, command, mine) for name, mine in zip(names, own)]
 
 
-def _stop_nodes(nodes: list[Node], signum: signal.Signals, wait: bool, down: Any) -> None:
+def _stop_nodes(command: str, nodes: list[Node], signum: signal.Signals, down: Any) -> None:
     """Send nodes a signal, wait perhaps for their end, and call `down` with each that is down."""
+    # A worker starts anew at a HUP in the same process: there is no end to wait for.
+    wait = command not in ("stop", "kill") and signum != signal.SIGHUP
     running = [node for node in nodes if node.is_running()]
     for node in nodes:
         if node not in running:
             down(node)
-    if running and signum != signal.SIGKILL:
+    if running and command != "kill":
         print("> Stopping nodes...")
     for node in running:
         text = f"\t> {node.name}: {signum.name[3:]} -> {node.pid}"
-        text_of_kill = f"Sending KILL to node {node.name} ({node.pid})"
-        print(text_of_kill if signum == signal.SIGKILL else text)
+        print(f"Sending KILL to node {node.name} ({node.pid})" if command == "kill" else text)
         with contextlib.suppress(ProcessLookupError):
             os.kill(node.pid, signum)
     while wait and running:
@@ -8618,29 +8491,38 @@ def _multi_command(_: Any, options: Any) -> int:
     if command in texts:
         print(*texts[command], sep="\n")
         return int(not texts[command])
-    quiet = contextlib.redirect_stdout(None) if {"--quiet", "-q"} & flags else None
-    with quiet or contextlib.nullcontext():
+    with contextlib.redirect_stdout(None if {"--quiet", "-q"} & flags else sys.stdout):
         if "--nosplash" not in flags:
             print(f"taskq multi v{__version__}")
+        start = functools.partial(Node.start, verbose="--verbose" in flags)
         if command == "start":
             print("> Starting nodes...")
             for node in nodes:
-                node.start("\t> ", "--verbose" in flags)
+                start(node, "\t> ")
         else:
             signum = signal.SIGKILL if command == "kill" else signum
-            down = Node.start if command == "restart" else Node.say_down
-            # A worker starts anew at a HUP in the same process: there is no end to wait for.
-            wait = command not in ("stop", "kill") and signum != signal.SIGHUP
-            _stop_nodes(nodes, signum, wait, down)
+            down = start if command == "restart" else lambda node: print(f"> {node.name}: DOWN")
+            _stop_nodes(command, nodes, signum, down)
     return int(any(node.status for node in nodes))
 
 
-# ---------------------------------------------------------------------------------------------
-# 19. Monitors
-# ---------------------------------------------------------------------------------------------
+# ==== 19. Monitors ===============================================================================
 
 _EVENT_WORDS = {"worker-online": "started", "worker-offline": "shutdown"}
 _EVENT_WORDS["worker-heartbeat"] = "heartbeat"
+
+
+def _capture_for_ever(app: TaskQ, handle: Callable[[Any], Any], hello: str) -> None:
+    """Hand all events to a function; where the store cannot be reached, try again."""
+    while True:
+        try:
+            looks = EventReceiver(handlers={"*": handle}, app=app).itercapture()
+            next(looks)  # it listens
+            print(hello, flush=True)
+            collections.deque(looks, 0)
+        except OperationalError as exc:
+            print(f"-> Connection lost, attempting reconnect: {exc}", flush=True)
+            time.sleep(1.0)
 
 
 def _dump_events(app: TaskQ) -> None:
@@ -8659,15 +8541,75 @@ def _dump_events(app: TaskQ) -> None:
         when = datetime.fromtimestamp(event["timestamp"], timezone.utc)
         print(f"{event['hostname']} [{when}] {said} {more}", flush=True)
 
-    while True:
+    _capture_for_ever(app, show, "-> evdump: starting capture...")
+
+
+class Polaroid:
+    """A camera: a subclass says in `on_shutter` what to do with snapshots of a State.
+
+        with DumpCam(state, freq=2.0):
+            receiver.capture()
+
+    One is taken every `freq` seconds in a thread, but at most as often as `maxrate` says ('10/m'),
+    and one at the end. ValueError for a time or rate that is none."""
+
+    clear_after = False  # whether the state then forgets all but the tasks that have no end yet
+
+    def __init__(self, state: State, freq: float = 1.0, maxrate: Any = None, app: Any = None):
+        if not (_is_number(freq) and 0 < freq <= threading.TIMEOUT_MAX):
+            raise ValueError(f"freq={_repr(freq, 60)}: expected seconds between snapshots, above 0")
+        self.app, self.state, self.freq = app_or_default(app), state, freq
+        self._wait = max(freq, 1 / (_rate(maxrate) or math.inf))
+        self._over = threading.Event()
+
+    def on_shutter(self, state: State) -> None:
+        """Do something with the state, which takes in no events meanwhile."""
+
+    def install(self) -> Polaroid:
+        """Begin; `cancel` ends it."""
+        self._thread = threading.Thread(target=self._run, name="camera", daemon=True)
+        self._thread.start()
+        return self
+
+    def cancel(self) -> None:
+        """Take the last snapshot."""
+        self._over.set()
+        self._thread.join()
+        self.capture()
+
+    def capture(self) -> None:
+        """Take a snapshot now; what goes wrong in `on_shutter` is logged."""
         try:
-            looks = EventReceiver(handlers={"*": show}, app=app).itercapture()
-            next(looks)  # it listens
-            print("-> evdump: starting capture...", flush=True)
-            collections.deque(looks, 0)
-        except OperationalError as exc:
-            print(f"-> Connection lost, attempting reconnect: {exc}", flush=True)
-            time.sleep(1.0)
+            self.state.freeze_while(self.on_shutter, self.state, clear_after=self.clear_after)
+        except Exception:
+            logger.exception("%s has failed to take a snapshot", type(self).__name__)
+
+    def _run(self) -> None:
+        while not self._over.wait(self._wait):
+            self.capture()
+
+    __enter__ = install
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self.cancel()
+
+
+def _take_snapshots(app: TaskQ, options: Any) -> None:
+    """Have a camera take snapshots until SIGTERM or SIGINT."""
+    state, freq = State(), 1.0 if options.frequency is None else options.frequency
+    try:
+        camera = _symbol(options.camera)(state, freq=freq, maxrate=options.maxrate, app=app)
+    except (ImportError, TypeError, ValueError) as exc:
+        raise CommandError(f"--camera {options.camera}: {exc}") from None
+    with contextlib.redirect_stdout(sys.stdout), contextlib.redirect_stderr(sys.stderr):
+        level, color = options.loglevel or "WARNING", False if options.no_color else None
+        app.conf["worker_redirect_stdouts"] = bool(options.detach)  # what it prints is to be seen
+        configure_logging(app, logging.getLevelName(level), options.logfile, color)
+        app.close()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the last snapshot must be taken
+        with _daemon(options), camera:
+            hello = f"-> evcam: Taking snapshots with {options.camera} (every {freq} secs.)"
+            _capture_for_ever(app, state.event, hello)
 
 
 def _pairs(values: Any) -> list[str]:
@@ -8684,10 +8626,7 @@ _TASK_PAGES: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
 
 
 class EventScreen:
-    """The screen of the command `events`: the latest tasks, the selected one, and the workers.
-
-    One thread hands events to `state` and keys to `press`, and draws.
-    """
+    """The screen of the command `events`: the latest tasks, the selected one, and the workers."""
 
     COLUMNS, LINES = 60, 14  # the fewest
     KEYS = "j:down k:up i:info t:trace r:result e:args w:workers c:revoke l:limit q:quit"
@@ -8776,8 +8715,7 @@ class EventScreen:
         self.window.refresh()
 
     def overview(self, height: int, width: int) -> list[str]:
-        """Return a line for each task, > before the selected one, and at the bottom what is known
-        of that, the workers, counts and keys."""
+        """Return a line for each task; at the bottom the selected one, workers, counts, keys."""
         state, third = self.state, (width - 22) // 3
         row = "{}" + f"{{:<{third}.{third}}} " * 3 + "{:8} {:8.8}"
         lines = [row.format(" ", "UUID", "WORKER", "TASK", "TIME", "STATE")]
@@ -8803,9 +8741,11 @@ class EventScreen:
 
 
 def _events_command(app: TaskQ, options: Any) -> None:
-    """Print events or show the screen, until interrupted."""
+    """Print events, take snapshots of them or show the screen, until interrupted."""
     with contextlib.suppress(KeyboardInterrupt):
-        if options.dump:
+        if options.camera and not options.dump:
+            _take_snapshots(app, options)
+        if options.dump or options.detach:  # Celery has -d twice: there is only a camera to detach
             _dump_events(app)
         try:
             curses = importlib.import_module("curses")
@@ -8818,10 +8758,7 @@ def _events_command(app: TaskQ, options: Any) -> None:
         curses.wrapper(lambda window: EventScreen(app, window).run())
 
 
-# ---------------------------------------------------------------------------------------------
-# 20. Command line
-# ---------------------------------------------------------------------------------------------
-
+# ==== 20. Command line ===========================================================================
 
 #: Its argument: the module, another import of this file, that the app belongs to and that must run.
 _OtherCopy = _error("_OtherCopy", "The app is not of this copy of taskq.", Exception)
@@ -8841,10 +8778,9 @@ def _app_in(place: Any) -> TaskQ | None:
 
 
 def find_app(name: str) -> TaskQ:
-    """Return the app that `--app` names, 'proj' or 'proj.celery:app', a package that has none by
-    its submodule `celery`; CommandError if it is none."""
-    if name.startswith(".") or "/" in name or name.endswith(".py"):
-        guess = re.sub(r"\.py$", "", name).strip("./").replace("/", ".")
+    """Return the app that `--app` names, 'proj' or 'proj.celery:app'; CommandError if none."""
+    if name.startswith(".") or "/" in name or name.endswith((".py", ":")):
+        guess = re.sub(r"(\.py|:)$", "", name).strip("./").replace("/", ".")
         raise CommandError(f"-A {name}: expected a module, as in -A {guess or 'proj'}")
     try:
         place = _symbol(name)
@@ -8881,9 +8817,8 @@ def _discover_app() -> TaskQ:
         return next(iter(found))
     why = f"no app was found in {os.getcwd()} (looked at: {', '.join(looked or places)})"
     why = f"there are {len(found)} apps here, in {_names(found.values())}" if found else why
-    example = (
-        f"python {os.path.basename(__file__)} -A {next(iter(found.values()), 'MODULE')} worker"
-    )
+    name = next(iter(found.values()), "MODULE")
+    example = f"python {os.path.basename(__file__)} -A {name} worker"
     raise CommandError(f"{why}. Name the module of yours:\n    {example}")
 
 
@@ -8954,12 +8889,12 @@ def _result_command(app: TaskQ, options: Any) -> None:
 
 
 def _purge_command(app: TaskQ, options: Any) -> int:
-    names = set(_name_list(options.queues) or app.router.queues)
-    names -= set(_name_list(options.exclude_queues))
+    names = set(_listed(options.queues) or app.router.queues)
+    names -= set(_listed(options.exclude_queues))
     if not names:
         return 0
     if not options.force:
-        print(f"WARNING: This will remove all tasks from queue{'s' * (len(names) > 1)}: "
+        print(f"WARNING:This will remove all tasks from queue{'s' * (len(names) > 1)}: "
               f"{', '.join(sorted(names))}.\n         There is no undo for this operation!\n\n"
               "(to skip this prompt use the -f option)\n"
               "Are you sure you want to delete all tasks? [y/N]: ", end="", flush=True)  # fmt: skip
@@ -8968,8 +8903,82 @@ def _purge_command(app: TaskQ, options: Any) -> int:
             return 1
     count = sum(map(app.store.purge, names))
     purged = f"Purged {_plural(count, 'message')} from {_plural(len(names), 'known task queue')}."
-    print(purged if count else f"No messages purged from {_plural(len(names), 'queue')}")
+    print(purged if count else f"No messages purged from {_plural(len(names), 'queue')}.")
     return 0
+
+
+def _shell_command(app: TaskQ, options: Any) -> None:
+    """Run a Python that has the app, its tasks and the parts of a canvas at hand."""
+    app.import_default_modules()
+    parts = "Task chord group chain chunks xmap xstarmap subtask signature".split()
+    known: dict[str, Any] = {"app": app, "celery": app, **{part: globals()[part] for part in parts}}
+    if not options.without_tasks:
+        own = [task for name, task in app.tasks.items() if not name.startswith("celery.")]
+        known.update((task.__name__, task) for task in own)
+    ipython = None if options.python else _import_if_there("IPython")
+    if ipython is not None:
+        ipython.start_ipython(argv=[], user_ns=known)
+        return
+    if options.ipython:
+        raise CommandError("--ipython needs IPython, which is not installed: pip install ipython")
+    with contextlib.suppress(ImportError):  # a Python without readline
+        readline, completer = _symbol("readline"), _symbol("rlcompleter:Completer")(known)
+        readline.set_completer(completer.complete)
+        readline.parse_and_bind("tab: complete")
+    _symbol("code:interact")(local=known)
+
+
+def _list_command(app: TaskQ, options: Any) -> None:
+    """Print which exchanges bring messages to which queues, by which routing keys."""
+    if options.what != "bindings":
+        raise CommandError(f"list {options.what}: expected list bindings")
+    queues, row = app.router.queues.values(), "{:<28} {:<28} {}"
+    app.router.bind(queues)
+    print(row.format("Queue", "Exchange", "Routing Key"), row.format(*["-" * 16] * 3), sep="\n")
+    for exchange in dict.fromkeys(queue.exchange.name for queue in queues):
+        for _, key, queue in sorted(app.store.bindings(exchange)):
+            print(row.format(queue, exchange, key))
+
+
+def _migrate_command(app: TaskQ, options: Any) -> None:
+    """Move messages from one store to another. They are there before they are gone here, so that
+    none is lost, whenever it is killed."""
+    source, target = (open_store(url, {}) for url in (options.source, options.destination))
+    if source.uri == target.uri:
+        raise CommandError("SOURCE and DESTINATION are the same: expected two stores")
+    queues, tasks = _listed(options.queues) or [*app.router.queues], _listed(options.tasks)
+    left, owner = options.limit or sys.maxsize, int.from_bytes(os.urandom(7), "big")
+    gone = _GIVE_BACK._replace(verb="ack")
+
+    def move(claims: list[Claim], owner: int | None) -> int:
+        """Move those that are wanted; return how many there were."""
+        nonlocal left
+        wanted = [c for c in claims if c.head[0] and (not tasks or c.head[0] in tasks)][:left]
+        for claim in wanted:
+            due = None if owner else _timestamp(claim.message.headers["eta"])
+            target.publish([Delivery(claim.queue, claim.priority, due, claim.raw.decode())])
+            with contextlib.suppress(StaleClaim):  # a worker was quicker: it runs twice
+                source.settle(owner, [(claim, gone)])
+            print(f"Migrating task {claim.head[0]}[{claim.head[1]}]", flush=True)
+        left -= len(wanted)
+        return len(wanted)
+
+    def give_back(journal: Journal) -> None:
+        source.recover_owner(journal.owner, {}, None, source.settle)
+        journal.close(remove=True)
+
+    for other in Journal.others(source.folder):
+        if other.info["node"] == "migrate" and other.lock_whole():  # it was killed
+            give_back(other)
+    journal = Journal(f"{source.folder}/{owner:x}.journal", {"node": "migrate", "slots": 1})
+    try:
+        while left and source.look(queues)[0]:
+            move(source.settle(owner, [], queues, 100), owner)
+        while left and move(source.scheduled(queues), None):  # they need no claim
+            pass
+    finally:
+        give_back(journal)
+        source.leave(owner)
 
 
 def bugreport(app: TaskQ | None = None) -> str:
@@ -8980,7 +8989,7 @@ def bugreport(app: TaskQ | None = None) -> str:
     return f"""
 software -> taskq:{__version__} py:{platform.python_version()} sqlite:{sqlite3.sqlite_version}
 platform -> system:{platform.system()} arch:{platform.machine()} imp:{sys.implementation.name}
-settings -> broker:{_mask_url(app.store.uri())} results:{_mask_url(app.backend.uri())}
+settings -> broker:{app.store.uri} results:{app.backend.uri}
 
 {app.conf.humanize()}
 """
@@ -9047,13 +9056,9 @@ _DAEMON_OPTIONS = """
 """
 
 #: What becomes of an option's VALUE.
-_TYPES: dict[str, Callable[[str], Any]] = {
-    "SECONDS": float,
-    "INTEGER": int,
-    "MASK": mask,
-    "ARRAY": functools.partial(_from_json, kind=list),
-    "OBJECT": functools.partial(_from_json, kind=dict),
-}
+_TYPES: dict[str, Callable[[str], Any]] = {"SECONDS": float, "INTEGER": int, "MASK": mask}
+_TYPES["ARRAY"] = functools.partial(_from_json, kind=list)
+_TYPES["OBJECT"] = functools.partial(_from_json, kind=dict)
 
 _REMOTE_OPTIONS = """
     -t --timeout=SECONDS       how long to wait for a reply; 1 by default
@@ -9122,11 +9127,31 @@ _COMMANDS: dict[str, tuple[Callable[[Any, Any], int | None], str, str]] = {
     -X --exclude-queues=NAMES  queues not to purge, with commas
     """),
     "events": (_events_command, "Show workers and tasks as their events tell of them.", """
-    -d --dump                  print the events instead, a line each
-    """),
+    --dump                     print the events instead, a line each; also -d without -c
+    -c --camera=CLASS          take snapshots with this subclass of Polaroid, myapp.Camera
+    -F --frequency --freq=SECONDS  seconds between two; 1 by default
+    -r --maxrate=RATE          at most so many, as 10/m
+    -l -L --loglevel=DEBUG|INFO|WARNING|ERROR|CRITICAL|FATAL
+    """ + _DAEMON_OPTIONS.replace("-D", "-d")),
     "inspect": (_remote_command, "Ask workers how they are.", _ASK_OPTIONS),
     "control": (_remote_command, "Change what workers do.", _ASK_OPTIONS),
     "status": (_remote_command, "Show which workers are online.", _REMOTE_OPTIONS),
+    "list": (_list_command, "List what brings messages to queues.", """
+    what                       bindings
+    """),
+    "migrate": (_migrate_command, "Move messages from one store to another.", """
+    source                     address of the store where they are
+    destination                address of the other one
+    -n --limit=INTEGER         move no more than so many
+    -T --tasks=NAMES           only these tasks, with commas
+    -Q --queues=NAMES          only from these queues, with commas; the app's by default
+    -a --ack-messages          accepted: what is moved is gone from the source
+    """),
+    "shell": (_shell_command, "Start a Python that knows the app and its tasks.", """
+    -I --ipython               IPython, which is the default if it is installed
+    --python                   the plain one
+    -T --without-tasks         leave out the tasks
+    """),
     "report": (lambda app, _: print(bugreport(app)), "Print what a bug report should name.", ""),
     "multi": (_multi_command, "Start, stop and restart several workers.", """
     command                    start stop stopwait stop_verify restart kill names show expand get
@@ -9201,6 +9226,9 @@ def _parse(argv: Sequence[str]) -> Any:
 
 def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
     """Run the command line, ['-A', 'proj', 'worker']; return the exit status, or SystemExit."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: its number must not become that of a store's file
+            setattr(sys, name, open(os.devnull, mode))
     given = list(sys.argv[1:] if argv is None else argv)
     options = types.SimpleNamespace()
     try:
@@ -9208,7 +9236,9 @@ def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
             options = _parse(given)
             if getattr(options, "executable", None):
                 _run_anew(options.executable, options)
-            _settle_in(options)
+            taken = [name for name in ("workdir", "uid", "gid") if getattr(options, name, None)]
+            _settle_in(options)  # once: what these say another copy must not do again
+            given += [f"--{name}=" for name in taken]
             _patch_greenlets(getattr(options, "pool", None))  # before the app's modules come
             app = None if options.command in ("demo", "multi") else _configured_app(options, app)
             return _COMMANDS[options.command][0](app, options) or 0
@@ -9233,18 +9263,17 @@ def main(argv: Sequence[str] | None = None, app: TaskQ | None = None) -> int:
     sys.exit(status)
 
 
-# ---------------------------------------------------------------------------------------------
-# 21. Public names
-# ---------------------------------------------------------------------------------------------
+# ==== 21. Public names ===========================================================================
 
 
 def _publish_submodules() -> None:
-    """Make `taskq.exceptions`, `taskq.utils.log` and their like importable, as Celery's are; each
-    holds all of this file's own names."""
+    """Make `taskq.exceptions` and its kin importable; each holds all of this file's names."""
     public = {k: v for k, v in globals().items() if k[0] != "_" and type(v) is not type(sys)}
+    for name in "date datetime daytime Decimal timedelta timezone".split():
+        del public[name]  # `import *` is not to bring them
     public.update(gen_unique_id=uuid, get_logger=logging.getLogger)
-    paths = "exceptions states signals result canvas schedules events utils utils.log worker"
-    for path in [*paths.split(), "worker.control"]:
+    paths = "app app.task exceptions states signals result canvas schedules utils utils.log"
+    for path in f"{paths} worker worker.control events events.state events.snapshot".split():
         module = types.ModuleType(f"{__name__}.{path}", f"{path}: see {__name__}.")
         module.__dict__.update(public)
         sys.modules[module.__name__] = module
@@ -9254,9 +9283,7 @@ def _publish_submodules() -> None:
 
 _publish_submodules()
 
-__all__ = (
-    "AsyncResult Celery EagerResult Exchange GroupResult Queue ResultSet Signal Signature Task "
-    "TaskQ allow_join_result app_or_default bugreport chain chord chunks current_app current_task "
-    "get_task_logger group main maybe_signature result_from_tuple shared_task signature subtask "
-    "uuid xmap xstarmap"
-).split()
+__all__ = """AsyncResult Celery EagerResult Exchange GroupResult Queue ResultSet Signal Signature
+    Task TaskQ allow_join_result app_or_default bugreport chain chord chunks current_app
+    current_task get_task_logger group main maybe_signature result_from_tuple shared_task signature
+    subtask uuid xmap xstarmap""".split()
