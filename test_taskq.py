@@ -8756,7 +8756,9 @@ def test_a_worker_of_another_thread_that_cannot_start_says_so(project):
 
         app = taskq.TaskQ("script")
         taskq.Worker.begin = lambda self: 1 / 0
-        threading.Thread(target=start).start()
+        thread = threading.Thread(target=start)
+        thread.start()
+        thread.join()
     """)  # fmt: skip
     done = project.run("script.py")
     assert done.stdout == "the worker cannot start; its thread has said why\n"
