@@ -475,7 +475,10 @@ SETTINGS: dict[str, tuple[Any, str]] = {
     "beat_max_loop_interval": (0, "most seconds between beat's looks; 300 by default"),
     "beat_schedule": ({}, "what beat sends, and when: {'name': {'task': ..., 'schedule': ...}}"),
     "beat_schedule_filename": (None, "file for beat's last runs, beside the store"),
-    "broker_connection_max_retries": (100, "how often; None: for ever"),
+    "broker_connection_max_retries": (
+        100,
+        "how often a starting worker tries again; None: without end",
+    ),
     "broker_connection_retry": (True, "a worker waits for a server that is away when it starts"),
     "broker_connection_retry_on_startup": (None, "the same, by its newer name, which comes first"),
     "broker_transport_options": ({}, "options of the store, as in the URL's query"),
@@ -711,11 +714,12 @@ class Settings(dict):
         if not isinstance(source, collections.abc.Mapping):  # others may raise when they are read
             names = [name for name in dir(source) if name.startswith(prefix) and name[0] != "_"]
             source = {name: getattr(source, name) for name in names}
+        functions = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
         found = {}
         for name, value in source.items():
             if name.startswith(prefix) and not name.startswith("_"):
                 name = name[len(prefix) :].lower() if prefix else name
-                is_value = not (callable(value) or isinstance(value, types.ModuleType))
+                is_value = not isinstance(value, (type, types.ModuleType, *functions))
                 if (name in SETTINGS or is_value) and name not in self.changed.keys() - self.loaded:
                     found[name] = value
         self.update(found)
@@ -726,10 +730,10 @@ class Settings(dict):
         secret = re.compile("api|token|key|secret|pass|signature|database", re.I)
 
         def shown(name: str, value: Any) -> Any:
-            if censored and secret.search(name) and value:
-                return "*" * 8
             if isinstance(value, dict):
                 return {str(key): shown(str(key), each) for key, each in value.items()}
+            if censored and secret.search(name) and value:
+                return "*" * 8
             if type(value) in (list, tuple, set):
                 return [shown(name, each) for each in value]
             if value is None or isinstance(value, (bool, int, float)):
@@ -918,7 +922,7 @@ class Signal:
         return receiver
 
     def disconnect(
-        self, receiver: Any = None, sender: Any = None, dispatch_uid: Any = None
+        self, receiver: Any = None, sender: Any = None, weak: Any = None, dispatch_uid: Any = None
     ) -> bool:
         """Stop calling a receiver; return whether it was connected."""
         gone, before = (dispatch_uid or hash(receiver), sender), self.receivers
@@ -939,6 +943,9 @@ class Signal:
                 logger.exception("Signal handler %r raised: %r", receiver, exc)
                 responses.append((receiver, exc))
         return responses
+
+    def __repr__(self) -> str:
+        return f"<Signal: {self.name} providing_args={self.providing_args!r}>"
 
 
 #: Loggers have Celery's names, so that a project's logging configuration works for both.
@@ -1179,9 +1186,15 @@ def _readable(file: Any, timeout: float, *more: Any) -> bool:
 def _create(path: str) -> Any:
     """Open a file anew, for its owner alone, and make its directory if that is missing, but none
     above that: who has deleted a whole project does not want it back."""
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(os.path.dirname(path), 0o700)
-    return open(path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600))
+    for is_last in (False, False, True):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path), 0o700)
+        try:
+            return open(path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600))
+        except FileNotFoundError:  # somebody who leaves has just removed the directory
+            if is_last:
+                raise
+    return None
 
 
 def _extend(file: Any, size: int) -> None:
@@ -1351,7 +1364,7 @@ class Journal:
         if size > 0:
             at, fd = self.HEAD + start * Slot.SIZE, self._file.fileno()
             if os.fstat(fd).st_size < at + size:  # it is ours: others read what is there
-                _extend(self._file, size)
+                _extend(self._file, at + size - os.fstat(fd).st_size)
             view = memoryview(mmap.mmap(fd, size, offset=at))
             parts = (view[at : at + Slot.SIZE] for at in range(0, size, Slot.SIZE))
             self.slots += [Slot(i, part, self.path) for i, part in enumerate(parts, start)]
@@ -3309,7 +3322,9 @@ class GroupResult(ResultSet):
 
 
 def result_from_tuple(found: Any, app: Any = None) -> Any:
-    """Return the result that `as_tuple` has described."""
+    """Return the result that `as_tuple` has described, or a result as it is."""
+    if isinstance(found, ResultBase):
+        return found
     (id, parent), nodes = found if isinstance(found[0], (list, tuple)) else ((found[0], None), None)
     app, parent = app_or_default(app), parent and result_from_tuple(parent, app)
     if nodes is None:
@@ -3333,12 +3348,16 @@ def _item(key: str, doc: str, inside: str | None = None) -> Any:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return what may be nothing, one thing, names with commas or a list of things, as a list."""
+    """Return what may be nothing, one thing or a list of things, as a list."""
     if value is None:
         return []
-    if isinstance(value, str):
-        return [name.strip() for name in value.split(",") if name.strip()]
     return list(value) if isinstance(value, (list, tuple, set)) else [value]
+
+
+def _name_list(names: Any) -> list[Any]:
+    """Return names given as a list, or as text with commas."""
+    names = names.split(",") if isinstance(names, str) else _listed(names)
+    return [name.strip() if isinstance(name, str) else name for name in names if name]
 
 
 def _signature_of(value: Any, app: Any = None) -> Any:
@@ -4941,7 +4960,8 @@ class TaskQ:
         if before_task_publish.receivers:
             named = {"headers": headers, "properties": properties, "body": payload, **info}
             policy = {**self.conf.task_publish_retry_policy, **(get("retry_policy") or {})}
-            named.update(declare=list(map(router.queue, queues)), retry_policy=policy)
+            declare = [router.queues.get(queue, router.default) for queue in queues]
+            named.update(declare=declare, retry_policy=policy)
             before_task_publish.send(name, **named)
         serializer = get("serializer") or self.conf.task_serializer
         message, text = _encode_call(headers, properties, payload, serializer)
@@ -5035,6 +5055,10 @@ class TaskQ:
         make.restore = functools.partial(GroupResult.restore, app=self)
         return make
 
+    def Worker(self, **options: Any) -> Worker:  # noqa: N802
+        """Return a worker of this app, not started; options as the command line's."""
+        return Worker(self, **options)
+
     def worker(self, **options: Any) -> BackgroundWorker:
         """Return a worker for the background of this process: `with app.worker(concurrency=2):`."""
         return BackgroundWorker(self, options)
@@ -5094,7 +5118,10 @@ class TaskQ:
     __exit__ = close
 
     def __reduce__(self) -> Any:  # an app of the same settings; its tasks are found by name
-        make = functools.partial(type(self), self.main, config_source=dict(self.conf.changed))
+        how: Any = {"set_as_current": False, "strict_typing": self.strict_typing}
+        make = functools.partial(
+            type(self), self.main, config_source=dict(self.conf.changed), **how
+        )
         return make, (), {"home": self.home}
 
     def __repr__(self) -> str:
@@ -5378,6 +5405,8 @@ def _tell(task: Any, request: Context, handler: str, *first: Any, **einfo: Any) 
     try:
         getattr(task, handler)(*first, request.id, request.args, request.kwargs, *einfo.values())
     except Exception as exc:
+        if request.is_eager:
+            raise
         message = "Task %s[%s] %s handler raised: %r"
         trace_logger.exception(message, task.name, request.id, handler, exc)
 
@@ -5481,7 +5510,7 @@ def _takes_error(task: Any, sig: Any) -> bool:
 def execute(app: TaskQ, raw: bytes, hostname: str, begin: Any, events: bool = False) -> Outcome:
     """Turn one message into its Outcome; `begin(task, request)` is called before the task runs.
     With `events` the Outcome has those of the task, unless its `send_events` is off. A message that
-    no task can be made of is rejected; whatever else goes wrong is a failure."""
+    no task can be made of is rejected."""
     began = time.monotonic()
     message = None
     try:
@@ -6219,7 +6248,7 @@ class Pool:
     def value(self) -> int:
         """The prefetch count, by Celery's name: how many messages to hold, unless they are tiny."""
         size, _ = self.worker.autoscaled or (self.size, 0)
-        return size * (self.worker.app.conf.worker_prefetch_multiplier or 10) + self._more
+        return size * self.worker.app.conf.worker_prefetch_multiplier + self._more
 
     def increment_eventually(self, n: int = 1) -> None:
         """Hold `n` messages more, or fewer."""
@@ -6232,7 +6261,7 @@ class Pool:
             return 0
         if self.worker.app.conf.worker_disable_prefetch:
             return self.size - held
-        wanted = max(self.value, 2 * self.size * self.depth)
+        wanted = max(self.value or 10 * self.size, 2 * self.size * self.depth)
         free = wanted - held
         return free if free * 4 >= wanted or self.depth == 1 else 0  # no small claims under load
 
@@ -6401,7 +6430,10 @@ class ThreadPool(Pool):
                     claim = self.waiting.popleft()
                 except IndexError:  # it was taken back
                     continue
-                _run_claim(self.worker, slot, claim)
+                try:
+                    _run_claim(self.worker, slot, claim)
+                except Exception:  # its outcome could not be written
+                    worker_logger.exception("A thread of the pool failed")
                 if not (self.waiting or self.worker.bell.awake):
                     self.worker.bell.ring()
 
@@ -7175,11 +7207,12 @@ class Inspect:
 
         def ask(*args: Any, **named: Any) -> Any:
             options = {**self._options, "reply": True}
+            one = self.node if "destination" not in named else None
             options["destination"] = named.pop("destination", options["destination"])
             arguments = {**command_arguments(command, args), **named}
             replies = self._control.broadcast(name, arguments, **options)
             found = {node: reply for each in replies for node, reply in each.items()}
-            return found.get(self.node) if self.node else found or None
+            return found.get(one) if one else found or None
 
         return ask
 
@@ -7323,7 +7356,7 @@ def _remote_command(app: TaskQ, options: Any) -> None:
         converted = [convert(word) for (_, convert), word in zip(command.args, words)]
         arguments = command_arguments(command, converted + words[len(converted) :])
         replies = app.control.broadcast(
-            name, arguments, _listed(options.destination) or None, reply=True,
+            name, arguments, _name_list(options.destination) or None, reply=True,
             timeout=options.timeout or command.default_timeout,
             callback=None if options.json else show,
         )  # fmt: skip
@@ -7488,7 +7521,7 @@ class Worker:
             raise TypeError(f"a worker has no option {name!r}{hint}")
         found = {_OPTION_SETTINGS[k]: value for k, value in options.items() if value is not None}
         if "include" in found:
-            found["include"] = [*_listed(conf.include), *_listed(found["include"])]
+            found["include"] = [*_listed(conf.include), *_name_list(found["include"])]
         self.overrides = found  # settings, which spawned children take too
         self.replaced = {name: conf[name] for name in found}  # put back at the end
         self.pool_name = found.get("worker_pool", conf.worker_pool)
@@ -7542,8 +7575,8 @@ class Worker:
             self.app.store.look(())
         _ = self.app.backend
         router = self.app.router
-        names = _listed(self.own_options.queues) or list(router.queues)
-        unwanted = _listed(self.own_options.exclude_queues)
+        names = _name_list(self.own_options.queues) or list(router.queues)
+        unwanted = _name_list(self.own_options.exclude_queues)
         self.queues = [router.queue(name) for name in names if name not in unwanted]
         if not self.queues:
             raise ImproperlyConfigured("no queues are left to serve: see -Q and -X")
@@ -7748,8 +7781,9 @@ class Worker:
             if len(finished) > 1:  # it is about one of them
                 return [claim for pair in finished for claim in self._settle(owner, [pair])]
             if isinstance(exc, StaleClaim):
-                if owner is not None:
-                    worker_logger.warning("An outcome was dropped: %s", exc)
+                if owner is None:
+                    raise
+                worker_logger.warning("An outcome was dropped: %s", exc)
                 return []
             ((claim, outcome),) = finished
             if outcome.verb == "reject":  # even that cannot be kept: it is not about the task
@@ -7830,8 +7864,9 @@ class Worker:
         for claim in self.store.scheduled(self.queue_names) if ids else ():
             if claim.head[1] in ids:
                 end = lost(self.app, claim, TaskRevokedError("revoked"))
-                self._settle(None, [(claim, end)])
-                self.dispatcher.publish(end.events)
+                with contextlib.suppress(StaleClaim):  # another worker was quicker
+                    self._settle(None, [(claim, end)])
+                    self.dispatcher.publish(end.events)
 
     def read_limits(self) -> None:
         """Learn the rate limits of the tasks; what waits for one waits anew."""
@@ -7915,7 +7950,8 @@ class Worker:
             if os.getpid() != self.pid:
                 return
             name = signal.Signals(signum).name
-            name = os.environ.get("REMAP_SIGTERM", name) if name == "SIGTERM" else name
+            if name == "SIGTERM" and os.environ.get("REMAP_SIGTERM") == "SIGQUIT":
+                name = "SIGQUIT"
             is_first = name == "SIGINT" and self.stopping is None
             status = int(name in ("SIGINT", "SIGQUIT"))
             how = "Cold" if status > is_first else "Warm"
@@ -8162,8 +8198,9 @@ class Beat:
         store = self.app.store
         last = {key: last for key, (last, _) in store.due_runs().items()}
         for key in self.entries.keys() - last.keys():
-            # It is new, or the store was wiped.
-            last[key] = self.last.get(key) or self.entries[key][1].now().timestamp()
+            last[key] = self.last.get(key) or time.time()  # it is new, or the store was wiped
+            with contextlib.suppress(Exception):  # which `_look` logs: the schedule's own clock
+                last[key] = self.last.get(key) or self.entries[key][1].now().timestamp()
             store.publish((), run=(key, None, last[key]))
         before, self.last = self.last, last
         soonest = min(map(self._look, self.entries), default=float("inf"))
@@ -8889,8 +8926,8 @@ def _result_command(app: TaskQ, options: Any) -> None:
 
 
 def _purge_command(app: TaskQ, options: Any) -> int:
-    names = set(_listed(options.queues) or app.router.queues)
-    names -= set(_listed(options.exclude_queues))
+    names = set(_name_list(options.queues) or app.router.queues)
+    names -= set(_name_list(options.exclude_queues))
     if not names:
         return 0
     if not options.force:
@@ -8946,15 +8983,17 @@ def _migrate_command(app: TaskQ, options: Any) -> None:
     source, target = (open_store(url, {}) for url in (options.source, options.destination))
     if source.uri == target.uri:
         raise CommandError("SOURCE and DESTINATION are the same: expected two stores")
-    queues, tasks = _listed(options.queues) or [*app.router.queues], _listed(options.tasks)
+    queues, tasks = _name_list(options.queues) or [*app.router.queues], _name_list(options.tasks)
     left, owner = options.limit or sys.maxsize, int.from_bytes(os.urandom(7), "big")
-    gone = _GIVE_BACK._replace(verb="ack")
+    gone, moved = _GIVE_BACK._replace(verb="ack"), set()  # by hash: else it is the same store
 
     def move(claims: list[Claim], owner: int | None) -> int:
         """Move those that are wanted; return how many there were."""
         nonlocal left
-        wanted = [c for c in claims if c.head[0] and (not tasks or c.head[0] in tasks)][:left]
+        wanted = [c for c in claims if c.head[0] and (not tasks or c.head[0] in tasks)]
+        wanted = [claim for claim in wanted if hash(claim.raw) not in moved][:left]
         for claim in wanted:
+            moved.add(hash(claim.raw))
             due = None if owner else _timestamp(claim.message.headers["eta"])
             target.publish([Delivery(claim.queue, claim.priority, due, claim.raw.decode())])
             with contextlib.suppress(StaleClaim):  # a worker was quicker: it runs twice
